@@ -110,10 +110,12 @@ class AttentionBlock(nn.Module):
         return u + self.dropout(self.contract(F.gelu(self.expand(self.norm2(u)))))
 
     def _attention(self, u: Tensor) -> Tensor:
-        """Each place attends to itself and to those before it."""
+        """Each place attends to itself and to those before it (written out, so that it can be batched over layers)."""
         batch, length, width = u.shape
         q, k, v = self.qkv(u).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)
+        later = torch.ones(length, length, dtype=torch.bool, device=u.device).triu(1)
+        scores = (q @ k.transpose(2, 3) / math.sqrt(width // self.heads)).masked_fill(later, -math.inf)
+        return (torch.softmax(scores, 3) @ v).transpose(1, 2).reshape(batch, length, width)
 
 
 class CharacterEmbedding(nn.Module):

@@ -48,7 +48,7 @@ def arguments():
         help="three stages of residual blocks with normalisation, or a single stage of convolutions (stages)",
     )
     add("--channels", type=positive(int), default=8, help="channels of the residual layers, in the first stage (8)")
-    add("--norm", default="group", choices=("group", "batch"), help="normalisation of the blocks in stages (group)")
+    add("--norm", default="batch", choices=("batch", "group"), help="normalisation of the blocks in stages (batch)")
     by_network = {name: {kind: values[name] for kind, values in DEFAULTS.items()} for name in DEFAULTS["stages"]}
     add_options(parser, epochs=2, batch=100, out="results/mnist", **by_network)
     opts = parser.read()

@@ -39,7 +39,7 @@ def arguments():
     add("--steps", type=positive(int), default=1000, help="batches of the training (1000)")
     add("--every", type=positive(int), default=50, help="batches between two records and checkpoints (50)")
     add("--sample", type=positive(int, zero=True), default=300, help="characters of a sample text (300)")
-    add_common_options(parser, batch=8, lr=4e-3, out="results/text", coarsening=8, schedule="one-cycle")
+    add_common_options(parser, batch=8, lr=6e-3, out="results/text", coarsening=4, schedule="one-cycle")
     parser.set_defaults(warm=False, multilevel=1, tikhonov=0.0, smoothness=0.0, classifier=0.0)
     opts = parser.read()
     opts.every = min(opts.every, opts.steps)

@@ -29,6 +29,7 @@ from torch.func import functional_call
 
 from pint_fem.errors import InputError
 from pint_fem.resnet import SerialResNet
+from problems.layers import Training
 
 __all__ = [
     "CHUNK",
@@ -244,7 +245,11 @@ def forms(
 
 
 def gradients(network: nn.Module) -> list[Tensor]:
-    """Gradients of a form of :func:`forms`: of the layers by name, stacked, then of opening and closing module."""
+    """Gradients of a form of :func:`forms`: of the layers by name, stacked, then of opening and closing module; those of
+    all parameters of another network.
+    """
+    if not hasattr(network, "stacked_gradients"):
+        return [p.grad for p in network.parameters() if p.grad is not None]
     ends = [p.grad for part in (network.opening, network.closing) for p in part.parameters()]
     return [*network.stacked_gradients().values(), *ends]
 
@@ -368,20 +373,6 @@ def fastest(
     return out
 
 
-class _Step:
-    """Forward and backward of a network for one batch, without an update."""
-
-    def __init__(self, network: nn.Module, batch: Sequence[Any]):
-        self.network, self.batch = network, batch
-
-    def gradients(self) -> None:
-        """Forward and backward."""
-        self.network.zero_grad()
-        nn.functional.cross_entropy(self.network(self.batch[0]), self.batch[1]).backward()
-
-    step = gradients
-
-
 def fastest_for_training(
     network: nn.Module, batch: Sequence[Any], *, threads: Sequence[int], batches: int
 ) -> tuple[nn.Module, int, str]:
@@ -410,19 +401,10 @@ def fastest_for_training(
     text : str
         What was measured and taken.
     """
-    training = lambda net: _Step(net, batch)
+    training = lambda net: Training(net, *batch[:2])
     if not isinstance(network, SerialResNet):
-        measured, before = copy.deepcopy(network), torch.get_num_threads()  # statistics stay as they are
-        step, seconds = _Step(measured, batch), {}
-        for count in threads:
-            torch.set_num_threads(count)
-            for _ in range(3):  # the last one counts: the others warm up
-                start = time.perf_counter()
-                step.gradients()
-                seconds[count] = time.perf_counter() - start
-        torch.set_num_threads(before)
-        count = min(seconds, key=seconds.get)
-        return network, count, f"the eager loop on {count} threads"
+        found = fastest({"eager": copy.deepcopy(network)}, training, threads=threads, repeats=3)
+        return network, found.best[1], f"the loop itself on {found.best[1]} threads, fastest of: {found}"
     found = fastest(forms(network, ["eager", "stacked"]), training, threads=threads, repeats=3)
     told = str(found)
     if min(found.seconds.values()) * batches > COMPILE_FROM:

@@ -1,8 +1,10 @@
 """Tests of solvers on numpy arrays, run a second time on torch tensors that share the arrays' memory.
 
-Where the fixture ``array_kind`` is torch, the name ``MGRIT`` of a test's module is :class:`OnTensors`: solves
-get tensors. Propagators, transfers and norms have to be handed tensors; those of the test work on numpy views of them.
+Where the fixture ``array_kind`` is torch, the solvers in a test's module are those of :func:`replacements`: solves get
+tensors. Propagators, transfers and norms have to be handed tensors; those of the test work on numpy views of them.
 """
+
+import sys
 
 import numpy as np
 import torch
@@ -54,8 +56,8 @@ def on_tensors(function):
     return call
 
 
-class OnTensors(MGRIT):
-    """MGRIT for numpy arrays by solves with tensors."""
+class _OnTensors:
+    """A solver for numpy arrays by solves with tensors."""
 
     def __init__(self, propagators, *args, transfers=None, point_norms=None, **given):
         if point_norms is not None:
@@ -72,12 +74,12 @@ class OnTensors(MGRIT):
         maps = (made.restrict, made.prolong, made.restrict_transposed, made.prolong_transposed)
         return Transfer(*(None if f is None else on_tensors(f) for f in maps))
 
-    def solve(self, U, G=None, *, coarse_rhs=None, **how):
+    def solve(self, U, G=None, **how):
         tensor = as_tensor(U)
-        if coarse_rhs is not None:
-            coarse_rhs = [as_tensor(g) for g in coarse_rhs]
+        if how.get("coarse_rhs") is not None:
+            how["coarse_rhs"] = [as_tensor(g) for g in how["coarse_rhs"]]
         try:
-            return super().solve(tensor, as_tensor(G), coarse_rhs=coarse_rhs, **how)
+            return super().solve(tensor, as_tensor(G), **how)
         finally:
             if isinstance(U, np.ndarray) and min(U.strides, default=0) < 0:
                 U[...] = tensor.numpy()
@@ -85,3 +87,16 @@ class OnTensors(MGRIT):
     def states(self, U, G=None):
         for first, block in super().states(as_tensor(U), as_tensor(G)):
             yield first, as_array(block)
+
+
+class OnTensors(_OnTensors, MGRIT):
+    """MGRIT."""
+
+
+def replacements():
+    """Solvers that take the place of those of a test's module, by name."""
+    found = {"MGRIT": OnTensors}
+    if "pint_fem.mgrit.krylov" in sys.modules:
+        base = sys.modules["pint_fem.mgrit.krylov"].KrylovMGRIT
+        found["KrylovMGRIT"] = type("KrylovOnTensors", (_OnTensors, base), {})
+    return found

@@ -38,9 +38,11 @@ def array_kind(request, monkeypatch):
     """Runs a test as it is, and with tensors in the place of its arrays (``usefixtures``)."""
     if request.param == "torch":
         pytest.importorskip("torch")
-        from tests.array_kinds import OnTensors
+        from tests.array_kinds import replacements
 
-        monkeypatch.setattr(request.module, "MGRIT", OnTensors)
+        for name, solver in replacements().items():
+            if hasattr(request.module, name):
+                monkeypatch.setattr(request.module, name, solver)
 
 
 def pytest_addoption(parser):

@@ -288,6 +288,7 @@ def whole(points, bounds, comm):
     return points[bounds[comm.rank] : bounds[comm.rank + 1] + 1]
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize(("nsteps", "coarsening"), [(19, (3, 2)), (2, (2,)), (3, ())])
 def test_solutions_are_those_of_stepping(nsteps, coarsening):
@@ -309,6 +310,7 @@ def test_solutions_are_those_of_stepping(nsteps, coarsening):
         solver.destroy()
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 def test_guesses():
     comm, n = MPI.COMM_WORLD, 3
@@ -457,6 +459,7 @@ class Failing(Matrices):
             out[list(steps).index(self.at)] = np.nan
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("how", ["raise", "nan"])
 def test_failures_are_named_on_every_rank(how):
@@ -487,6 +490,7 @@ def test_failures_are_named_on_every_rank(how):
     solver.destroy()
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 def test_bad_data_and_growth_are_failures():
     comm = MPI.COMM_WORLD
@@ -502,6 +506,7 @@ def test_bad_data_and_growth_are_failures():
 
 
 # -- options ---------------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 def test_not_converged():
     comm = MPI.COMM_WORLD
@@ -602,6 +607,7 @@ def test_bad_input_is_refused_on_every_rank():
     solver.destroy()
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 def test_states_of_another_shape_and_numbers():
     comm, nsteps = MPI.COMM_WORLD, 12

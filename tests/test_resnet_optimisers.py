@@ -13,6 +13,7 @@ from mpi4py import MPI
 from torch import nn
 
 from pint_fem.errors import InputError
+from pint_fem.resnet import LayerParallel, Repeat
 from pint_fem.resnet.training.optimisers import coupling, mark_distributed, require_local_step
 from tests.test_resnet import build, one_thread, serial_copy  # noqa: F401
 
@@ -144,3 +145,84 @@ def test_copies_of_a_network_are_distributed_as_well():
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         with pytest.raises(InputError, match="optimiser LBFGS: it sums over all parameters"):
             train(other, x, y, torch.optim.LBFGS)
+
+
+def scaled_training(net, x, y, scale, factor, steps=6):
+    """Scales after each step of a training with a gradient scaler, and the number of steps that it left out."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    scales = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(steps):
+            optimizer.zero_grad()
+            scaler.scale(factor * nn.functional.cross_entropy(net(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+    return scales
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("where", ["closing", "opening", "layers", "all", "none"])
+def test_gradient_scalers_of_torch_skip_the_steps_of_the_serial_copy(where):
+    """A gradient overflows in one part of the network only: no rank steps, and all halve their scales."""
+    net, x, y = build("dense", 5, mgrit={"coarsening": 2}, nonfinite="gradient", dtype=torch.float32)
+    copy = serial_copy("dense", 5, dtype=torch.float32)
+    x = x.float()
+    big = 2.0**60
+    for part in (net, copy):
+        with torch.no_grad():
+            if where == "closing":  # a derivative of big inputs: its weight alone
+                for p in part.closing.parameters():
+                    p.mul_(1 / big)
+                if part is copy or net.grid.is_last:
+                    part.closing.register_forward_pre_hook(lambda m, args: (big * args[0],))
+            elif where == "opening":
+                if part is copy or net.grid.is_first:
+                    part.opening.weight.mul_(1 / big)
+                    part.opening.register_forward_pre_hook(lambda m, args: (big * args[0],))
+    scale, factor = {"layers": (2.0**126, 64.0), "all": (2.0**127, 2.0**30), "none": (2.0**10, 1.0)}.get(
+        where, (2.0**70, 1.0)
+    )
+    ours, theirs = (scaled_training(n, x, y, scale, factor) for n in (net, copy))
+    assert min(theirs) < scale or where == "none"
+    assert ours == theirs
+    assert len(set(COMM.allgather(tuple(ours)))) == 1
+    for name, p in net.named_parameters():
+        q = dict(copy.named_parameters())[name]
+        q = q[net.lo : net.hi] if name.startswith("theta") else q
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parallel([1, 3])
+def test_loss_scaling_with_half_precision():
+    """Autocast to float16 with gradients that overflow at first: scales fall as the serial copy's do."""
+    torch.manual_seed(0)
+    block = lambda n: nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    net = LayerParallel(
+        Repeat(block, 6), opening=nn.Linear(2, 6), closing=nn.Linear(6, 4), h=0.3, nonfinite="gradient",
+        mgrit={"coarsening": 2}, batched=False,
+    )  # fmt: skip
+    copy, x, y = net.serial_copy(), torch.linspace(-1, 1, 16).reshape(8, 2), torch.arange(8) % 4
+    cast = lambda n: lambda z: n(z).float()
+
+    class Cast(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, z):
+            with torch.autocast("cpu", torch.float16):
+                return cast(self.inner)(z)
+
+    scale = 2.0**22
+    ours, theirs = (scaled_training(Cast(n), x, y, scale, 1.0, steps=12) for n in (net, copy))
+    assert ours == theirs
+    assert 2.0 <= theirs[-1] < scale / 4
+    moved = 0.0
+    for name, p in net.named_parameters():
+        q = dict(copy.named_parameters())[name]
+        assert torch.allclose(p, q, rtol=1e-2, atol=2e-3), name
+        moved = max(moved, float(p.grad.abs().max()))
+    assert COMM.allreduce(moved, op=MPI.MAX) > 0

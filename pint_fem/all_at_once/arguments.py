@@ -101,7 +101,7 @@ def _problem_of_tensors(solver: AllAtOnceSolver, U: Array, others: Sequence[Arra
     if str(U.dtype) not in _TENSOR_TYPES:
         return f"U of type {U.dtype}: give {', '.join(_TENSOR_TYPES)}"
     if any(not is_tensor(x) or kind_of(x) != kind_of(U) for x in given):
-        kinds = [f"{getattr(x, 'device', 'numpy array')} {x.dtype}" for x in given]
+        kinds = [f"{x.device if is_tensor(x) else 'numpy array'} {x.dtype}" for x in given]
         return f"U is a tensor on {U.device} of {U.dtype}, right-hand sides are {kinds}: give tensors of one kind"
     if U.layout is not torch_module().strided:
         return f"U is a tensor of layout {U.layout}: give a dense one"

@@ -37,6 +37,7 @@ __all__ = [
     "reversed_rows",
     "strided_rows",
     "subtract",
+    "tensor_of",
     "to_host",
     "torch_module",
     "type_code",
@@ -174,6 +175,19 @@ def _without_derivatives() -> Iterator[None]:
         yield
 
 
+class _Memory:
+    """The memory of a numpy array, for arrays that may be written to."""
+
+    def __init__(self, array: np.ndarray):
+        self._array = array
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+
+
+def tensor_of(array: np.ndarray) -> Array:
+    """A CPU tensor with the memory of a numpy array, of a read-only one too, as no tensor is read-only."""
+    return torch_module().from_numpy(array if array.flags.writeable else np.asarray(_Memory(array)))
+
+
 # -- values on the host ------------------------------------------------------------------------------------------------
 def no_values(array: Array) -> bool:
     """Whether an array has no values that could be read."""
@@ -193,7 +207,7 @@ def to_host(*arrays: Array) -> list[np.ndarray]:
     torch = torch_module()
     flat = [a.reshape(-1) for a in tensors]
     joined = torch.cat(flat) if len(flat) > 1 else flat[0]
-    values, place, out = joined.to(device="cpu", dtype=torch.float64).numpy(), 0, []
+    values, place, out = joined.cpu().double().numpy(), 0, []
     for a in arrays:
         if is_tensor(a):
             out.append(values[place : place + a.numel()].reshape(tuple(a.shape)))
@@ -209,19 +223,20 @@ def largest_of_rows(array: Array, axes: int = 1) -> Array:
     if not math.prod(array.shape[axes:]) or not math.prod(lead):
         return array.new_zeros(lead)
     if array.ndim == axes:
-        return array
+        return array.abs()
     return torch_module().linalg.vector_norm(array, math.inf, dim=tuple(range(axes, array.ndim)))
 
 
 def norms_of_rows(array: Array) -> Array:
-    """Euclidean norm of each row of a tensor, accumulated in float64.
+    """Euclidean norm of each row of a tensor, accumulated in float64 (in float32 on ``mps``, which has no float64).
 
     Each row is summed by itself: on a CPU a result does not depend on the number of rows.
     """
     torch = torch_module()
+    wide = torch.float32 if array.device.type == "mps" else torch.float64
     if array.ndim == 1:
-        return array.double().abs()
-    return torch.linalg.vector_norm(array, 2, dim=tuple(range(1, array.ndim)), dtype=torch.float64)
+        return array.to(wide).abs()
+    return torch.linalg.vector_norm(array, 2, dim=tuple(range(1, array.ndim)), dtype=wide)
 
 
 def finite_rows(array: Array) -> np.ndarray:

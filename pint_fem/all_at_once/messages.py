@@ -1,9 +1,9 @@
 """Messages of rows between ranks: numpy arrays and CPU tensors by their memory, tensors on a device by its memory where
 the MPI library reads it, else through a copy on the host.
 
-The two ends of a message need not agree: what travels are the bytes of a contiguous row. Whether the library takes
-device memory is what it reports itself (``MPIX_Query_cuda_support`` of Open MPI and MPICH), unless the environment
-variable ``PINT_FEM_DEVICE_MPI`` is set to 0 or 1.
+The two ends of a message need not agree: what travels are the bytes of a contiguous row. The library reports whether it
+takes device memory (``MPIX_Query_cuda_support``, ``MPIX_Query_rocm_support``); the environment variable
+``PINT_FEM_DEVICE_MPI``, 0 or 1, comes before that.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ class _Staged:
         """Wait for the message; what was received goes to the device."""
         self._request.Wait()
         if self._row is not None:
-            self._row.copy_(self._host)
+            self._row.copy_(self._host, non_blocking=True)  # pinned memory is free when the copy is done
         self._host = self._row = None
 
 
 @cache
 def reads_device_memory() -> bool:
-    """Whether the MPI library takes buffers in the memory of a CUDA device."""
+    """Whether the MPI library takes buffers in the memory of devices that torch calls ``cuda``."""
     given = os.environ.get("PINT_FEM_DEVICE_MPI", "")
     if given:
         return given != "0"
-    query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
+    maker = "rocm" if torch_module().version.hip else "cuda"
+    query = getattr(ctypes.CDLL(MPI.__file__), f"MPIX_Query_{maker}_support", None)
     return query is not None and bool(query())
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
+from pint_fem.all_at_once.arrays import Array
 
 __all__ = ["Propagator"]
 
 
 class Propagator(Protocol):
     """The interface that a user implements: one time step, on a block of states at once.
+
+    Blocks are numpy arrays or torch tensors, as the solve is given.
 
     The following methods and attributes are optional.
 
@@ -36,12 +38,12 @@ class Propagator(Protocol):
         that store something of it.
     ``keeps_input``
         If true, ``u`` and ``G`` can be written to (the propagator must not): for libraries that take no read-only
-        arrays, such as torch.
+        arrays of numpy, such as torch.
     ``tangent(steps, u, du, out)``, ``adjoint(steps, u, lam, out)``
         Derivatives, for :func:`pint_fem.mgrit.check`.
     """
 
-    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+    def step(self, steps: range, u: Array, out: Array) -> None:
         """Write ``Phi_n(u)`` to ``out`` for each ``n`` in ``steps``, and return nothing.
 
         Parameters
@@ -50,5 +52,6 @@ class Propagator(Protocol):
             The step numbers on this level; step ``n`` goes from point ``n`` to point ``n + 1``. A constant stride.
         u, out
             Arrays of shape ``(len(steps), *state)``, maybe strided along the first axis; they do not overlap. ``u`` is
-            read-only.
+            read-only. Where the solve is one of torch tensors, these are tensors on its device, within
+            ``torch.no_grad()``.
         """

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from pint_fem.all_at_once.arrays import Array, kind_of
 from pint_fem.all_at_once.solver import AllAtOnceSolver
 
 __all__ = ["TransposedSweep"]
@@ -44,12 +45,13 @@ class TransposedSweep(ABC):
 
     def __init__(self, solver: AllAtOnceSolver, rows: int):
         self.solver, self.rows = solver, rows
-        self._rows: np.ndarray | None = None
+        self._rows: Array | None = None
 
-    def _zeros(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The sweep's array ``(rows, *shape)``, set to zero."""
-        if self._rows is None or self._rows.shape[1:] != shape:
-            self._rows = np.empty((self.rows, *shape))
+    def _zeros(self, shape: tuple[int, ...], like: Array | None = None) -> Array:
+        """The sweep's array ``(rows, *shape)``, set to zero: of float64, or of the kind of ``like``."""
+        kind = kind_of(np.empty(0) if like is None else like)
+        if self._rows is None or self._rows.shape[1:] != shape or kind_of(self._rows) != kind:
+            self._rows = kind.empty(self.rows, *shape)
         self._rows[...] = 0
         return self._rows
 
@@ -59,7 +61,7 @@ class TransposedSweep(ABC):
             self._rows = None
 
     @abstractmethod
-    def arrays(self, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def arrays(self, gradient: Array) -> tuple[Array, Array]:
         """The arguments of a solve: unknowns, which are zero, and the right-hand side of the own steps (collective).
 
         Parameters
@@ -71,10 +73,10 @@ class TransposedSweep(ABC):
 
     @property
     @abstractmethod
-    def adjoints(self) -> np.ndarray:
+    def adjoints(self) -> Array:
         """Adjoints of the own points, ``(k + 1, n)``, after :meth:`collect`."""
 
-    def collect(self) -> np.ndarray:
+    def collect(self) -> Array:
         """The adjoints after a solve, ``(k + 1, n)`` (collective).
 
         Raises

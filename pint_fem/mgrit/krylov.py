@@ -33,6 +33,7 @@ import numpy as np
 from petsc4py import PETSc
 from petsctools import OptionsManager
 
+from pint_fem.all_at_once.arrays import Array, copied, finite_rows, is_contiguous, is_tensor, kind_of, quiet
 from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.all_at_once.stopping import DivergedError, SolveResult
 from pint_fem.collective import any_rank, collectively, ending_all_ranks, raise_report
@@ -91,18 +92,19 @@ class KrylovMGRIT:
         self._petsc_options: OptionsManager | None = None
         self.ksp: PETSc.KSP | None = None
         self._matrix: PETSc.Mat | None = None
-        self._b: np.ndarray | None = None
+        self._b: Array | None = None
         self._is_checked = False
         self._viewed, self._raises = not options.view, False
 
-    def solve(self, U: np.ndarray, G: np.ndarray | None = None, *, start: str | None = None) -> SolveResult:
+    def solve(self, U: Array, G: Array | None = None, *, start: str | None = None) -> SolveResult:
         """Solve in place.
 
         Parameters
         ----------
         U
             ``(k + 1, *state)``, C-contiguous: first guess in, solution out. Row 0 is the initial value on the first
-            rank, and the left neighbour's last point on the others that have steps (set on return).
+            rank, and the left neighbour's last point on the others that have steps (set on return). A numpy array of
+            float64 or a CPU tensor of it, whose memory PETSc's vectors share; propagators then get tensors.
         G
             Right-hand side of the own steps, ``(k, *state)``, or ``None`` for zero.
         start
@@ -123,6 +125,10 @@ class KrylovMGRIT:
             Where PETSc's ``ksp_error_if_not_converged`` is set.
         """
         self._begin(U, G)
+        with quiet(U):
+            return self._solve(U, G, start)
+
+    def _solve(self, U: Array, G: Array | None, start: str | None) -> SolveResult:
         self._b[...] = 0 if G is None else G
         start = MGRITOptions.make(self.options, start=self.options.start if start is None else start).start
         if start in ("skip", "nested"):
@@ -132,22 +138,25 @@ class KrylovMGRIT:
         self.operator.level.exchange(U)
         return result
 
-    def _add_initial(self, U: np.ndarray) -> None:
+    def _add_initial(self, U: Array) -> None:
         """Add ``Phi_0 u_0`` to the right-hand side, on the rank that takes the first step."""
-        fine, start = self.operator.level, U[:1].copy()
+        fine, start = self.operator.level, copied(U[:1])
         first = fine.lo == 0 and fine.k > 0
         fine.wait(fine.post_receive(start) if first else None, None if fine.k else fine.post_send(start))
         if first:
-            out = start.copy()
+            out = copied(start)
             fine.phi(range(1), start, out)
             self._b[:1] += out
 
-    def _begin(self, U: np.ndarray, G: np.ndarray | None) -> None:
+    def _begin(self, U: Array, G: Array | None) -> None:
         """Check the arrays on all ranks and make PETSc's objects where they are missing."""
         self._check_arrays(U, G)
         operator = self.operator
-        if any_rank(operator.petsc_comm, self.ksp is None or operator.state_shape != U.shape[1:]):
-            operator.set_state(U.shape[1:])
+        kind = kind_of(U)
+        if any_rank(
+            operator.petsc_comm, self.ksp is None or (operator.state_shape, operator.kind) != (U.shape[1:], kind)
+        ):
+            operator.set_state(U.shape[1:], kind)
             self._is_checked = False
             self._build()
         if not self._is_checked:
@@ -159,18 +168,23 @@ class KrylovMGRIT:
             self._print(self.view())
         operator.clear()
 
-    def _check_arrays(self, U: np.ndarray, G: np.ndarray | None) -> None:
+    def _check_arrays(self, U: Array, G: Array | None) -> None:
         """Refuse arrays that do not fit (collective)."""
         operator = self.operator
-        shapes = operator.comm.allgather(np.shape(U)[1:])
+        shapes = operator.comm.allgather(tuple(np.shape(U))[1:])
 
         def check() -> None:
             k = operator.level.k
             if not U.ndim or len(U) != k + 1 or (G is not None and G.shape != (k, *U.shape[1:])):
-                raise InputError(f"U {U.shape} and G {None if G is None else G.shape} for {k} own steps")
-            if U.dtype != float:
+                raise InputError(f"U {tuple(U.shape)} and G {None if G is None else tuple(G.shape)} for {k} own steps")
+            if is_tensor(U) and (U.device.type != "cpu" or (G is not None and not is_tensor(G)) or U.requires_grad):
+                raise InputError(
+                    f"U is a tensor on {U.device}{', which requires a gradient' if U.requires_grad else ''}, G a "
+                    f"{type(G).__name__}: PETSc's vectors are on the host; give CPU tensors, such as U.detach().cpu()"
+                )
+            if str(U.dtype).removeprefix("torch.") != "float64":
                 raise InputError(f"U of type {U.dtype}: give {np.dtype(float)}")
-            if not U.flags.c_contiguous:
+            if not is_contiguous(U):
                 raise InputError("U is not C-contiguous: PETSc's vector is its memory")
             if len(set(shapes)) > 1:
                 raise InputError(f"states of different shapes on the ranks: {shapes}")
@@ -181,7 +195,7 @@ class KrylovMGRIT:
         """Make the ``KSP`` for the present shape of states."""
         options, operator = self.options, self.operator
         self.destroy()
-        self._b = np.zeros((operator.level.k, *operator.state_shape))
+        self._b = operator.kind.zeros(operator.level.k, *operator.state_shape)
         self._matrix = operator.matrix()
         self.ksp = ksp = PETSc.KSP().create(operator.petsc_comm)
         ksp.setOperators(self._matrix)
@@ -205,17 +219,13 @@ class KrylovMGRIT:
         self._raises = ksp.getErrorIfNotConverged()
         ksp.setErrorIfNotConverged(False)
 
-    def _run(self, x: np.ndarray) -> SolveResult:
+    def _run(self, x: Array) -> SolveResult:
         """Solve for the rows ``x`` by PETSc, from their present values."""
         ksp, operator = self.ksp, self.operator
         ksp.setInitialGuessNonzero(any_rank(operator.petsc_comm, x.any()))
         solution, b = operator.vec(x), operator.vec(self._b)
         # an overflow shows in PETSc's norm
-        with (
-            ending_all_ranks(operator.petsc_comm),
-            self._petsc_options.inserted_options(),
-            np.errstate(over="ignore", invalid="ignore"),
-        ):
+        with ending_all_ranks(operator.petsc_comm), self._petsc_options.inserted_options():
             ksp.solve(b, solution)
             scale = b.norm()
         reason = ksp.getConvergedReason()
@@ -233,7 +243,7 @@ class KrylovMGRIT:
             self._print(f"  {self.name}: {result.message}; stepping sequentially instead")
             operator.clear()
             operator.step(self._b, x)
-            self._raise_failures(finite=bool(np.isfinite(x).all()))
+            self._raise_failures(finite=bool(finite_rows(x).all()))
             result.converged, result.reason = True, "serial"
         elif not result.converged and self._raises:
             raise DivergedError(f"{self.name}: {result.message}")
@@ -242,6 +252,7 @@ class KrylovMGRIT:
     def _raise_failures(self, *, finite: bool = True, mistakes_only: bool = False) -> None:
         """Raise on every rank if a step failed on any, or if ``finite`` is false on any."""
         first, mine = self.operator.level.first_failure, None
+        first.read()
         if first.text is not None:
             mine = FailureReport.of(first.error or SolverFailure(first.text), first.text)
         comm = self.operator.petsc_comm

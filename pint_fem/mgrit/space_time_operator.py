@@ -23,6 +23,7 @@ import numpy as np
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from pint_fem.all_at_once.arrays import Array, ArrayKind, NumpyArrays, finite_rows, is_tensor, subtract, tensor_of
 from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.mgrit.cycle import Cycle
 from pint_fem.mgrit.options import MGRITOptions
@@ -68,22 +69,26 @@ class SpaceTimeOperator:
         self.comm, self.petsc_comm = comm, comm if petsc_comm is None else petsc_comm
         self.cycles = 0
         self.state_shape: tuple[int, ...] | None = None
+        self.kind: ArrayKind = NumpyArrays(np.dtype(float))
 
-    def set_state(self, shape: tuple[int, ...]) -> None:
-        """Allocate work arrays for local states of a shape."""
+    def set_state(self, shape: tuple[int, ...], kind: ArrayKind | None = None) -> None:
+        """Allocate work arrays for local states of a shape: numpy arrays, or what ``kind`` makes."""
         self.state_shape, solver = tuple(shape), self.solver
-        self.U = np.zeros((self.level.k + 1, *shape))
+        self.kind = kind = self.kind if kind is None else kind
+        self.U = kind.zeros(self.level.k + 1, *shape)
         self.level.U = self.U  # the coarsest level's solver needs it where there is one level only
-        self.cycle = Cycle(solver.levels, solver.options, self.state_shape, solver.transfers, linear=True)
-        self._ghost = np.zeros((1, *shape))
+        self.cycle = Cycle(solver.levels, solver.options, self.state_shape, solver.transfers, linear=True, kind=kind)
+        self._ghost = kind.zeros(1, *shape)
 
-    def rows(self, vec: PETSc.Vec, *, readonly: bool = False) -> np.ndarray:
-        """A vector's local array as ``(k, *state)``, no copy."""
-        return vec.getArray(readonly=readonly).reshape(self.level.k, *self.state_shape)
+    def rows(self, vec: PETSc.Vec, *, readonly: bool = False) -> Array:
+        """A vector's local array as ``(k, *state)``, or a tensor with its memory; no copy."""
+        rows = vec.getArray(readonly=readonly).reshape(self.level.k, *self.state_shape)
+        return rows if isinstance(self.kind, NumpyArrays) else tensor_of(rows)
 
-    def vec(self, rows: np.ndarray) -> PETSc.Vec:
+    def vec(self, rows: Array) -> PETSc.Vec:
         """A vector whose local array is ``rows`` ``(k, *state)``, such as ``U[1:]``: C-contiguous, no copy."""
-        return PETSc.Vec().createWithArray(rows.reshape(-1), comm=self.petsc_comm)
+        flat = rows.reshape(-1)
+        return PETSc.Vec().createWithArray(flat.numpy() if is_tensor(flat) else flat, comm=self.petsc_comm)
 
     def matrix(self) -> PETSc.Mat:
         """The all-at-once operator for states of the shape set (collective)."""
@@ -97,7 +102,7 @@ class SpaceTimeOperator:
         self.cycles = 0
         self.level.first_failure.clear()
 
-    def multiply(self, x: np.ndarray, y: np.ndarray) -> None:
+    def multiply(self, x: Array, y: Array) -> None:
         """``y = A x`` for the own rows; the step from the left neighbour's last point waits for it, the others do not.
 
         A failed step leaves NaN in ``y``, which the next norm of the Krylov method carries to every rank.
@@ -116,10 +121,10 @@ class SpaceTimeOperator:
         else:
             level.phi(range(level.lo, level.lo + min(level.k, 1)), ghost, y[:1])
         level.wait(send)
-        np.subtract(x, y, out=y)
+        subtract(x, y, y)
         self._mark_failure(y)
 
-    def precondition(self, x: np.ndarray, y: np.ndarray) -> None:
+    def precondition(self, x: Array, y: Array) -> None:
         """``y = B x``: one cycle from zero."""
         self._load(x)
         if len(self.solver.levels) > 1:
@@ -130,13 +135,13 @@ class SpaceTimeOperator:
         self.cycles += 1
         self._store(y)
 
-    def step(self, x: np.ndarray, y: np.ndarray) -> None:
+    def step(self, x: Array, y: Array) -> None:
         """``y = A^-1 x`` by stepping sequentially."""
         self._load(x)
         self.level.solve_sequentially()
         self._store(y)
 
-    def guess(self, x: np.ndarray, y: np.ndarray, *, initial: np.ndarray, nested: bool) -> None:
+    def guess(self, x: Array, y: Array, *, initial: Array, nested: bool) -> None:
         """A first guess ``y`` by the coarsest level's own problem, or by nested iteration, from an initial value."""
         self._load(x)
         self.U[0] = initial
@@ -148,22 +153,21 @@ class SpaceTimeOperator:
         found = False
         for level in self.solver.levels:
             if level.k:
-                zero = np.zeros((1, *level.U.shape[1:]))
-                out = zero.copy()
+                zero, out = (self.kind.zeros(1, *level.U.shape[1:]) for _ in range(2))
                 level.phi(range(level.hi - 1, level.hi), zero, out)
-                found |= bool(np.isfinite(out).all() and out.any())
+                found |= bool(finite_rows(out).all() and out.any())
         return found
 
-    def _load(self, x: np.ndarray) -> None:
+    def _load(self, x: Array) -> None:
         self.U[...] = 0
         self.level.U, self.level.G = self.U, x
 
-    def _store(self, y: np.ndarray) -> None:
+    def _store(self, y: Array) -> None:
         y[...] = self.U[1:]
         self.level.G = None  # the array is PETSc's
         self._mark_failure(y)
 
-    def _mark_failure(self, y: np.ndarray) -> None:
+    def _mark_failure(self, y: Array) -> None:
         """Set ``y`` to NaN after a failed step, whose own NaN relaxation may have replaced."""
         if self.level.failure is not None:
             y[...] = np.nan

@@ -59,7 +59,7 @@ class Transfer:
     def from_matrices(cls, R: Matrix, P: Matrix) -> Transfer:
         """From matrices ``(n_coarse, n_fine)`` and ``(n_fine, n_coarse)``: anything with ``@`` and ``.T``.
 
-        On tensors, numpy arrays and compressed rows of scipy (``csr_matrix``) are copied to their device once.
+        For tensors, numpy arrays and sparse matrices of scipy are copied to their device once.
         """
         if tuple(R.shape) != tuple(P.shape[::-1]):
             raise ValueError(f"restriction {tuple(R.shape)} and prolongation {tuple(P.shape)} do not fit each other")
@@ -129,10 +129,10 @@ def _as_tensor(A: Matrix, dtype: Any, device: Any) -> Any:
     torch, where = torch_module(), dict(dtype=dtype, device=device)
     if is_tensor(A) or isinstance(A, np.ndarray):
         return torch.as_tensor(A, **where)
-    if hasattr(A, "tocsr"):
-        rows = A.tocsr()
-        return torch.sparse_csr_tensor(*(torch.as_tensor(x.copy()) for x in (rows.indptr, rows.indices, rows.data)),
-                                       size=rows.shape, **where)  # fmt: skip
+    if hasattr(A, "tocoo"):
+        entries = A.tocoo()
+        places, values = np.stack([entries.row, entries.col]), torch.as_tensor(entries.data, **where)
+        return torch.sparse_coo_tensor(places, values, A.shape, check_invariants=True, device=device).coalesce()
     raise InputError(
         f"a transfer's matrix is a {type(A).__name__}: for tensors give a tensor, a numpy array or a matrix of scipy"
     )

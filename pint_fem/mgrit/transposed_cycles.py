@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
+from pint_fem.all_at_once.arrays import Array, is_tensor, reversed_rows
 from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.all_at_once.transposed import TransposedSweep
 from pint_fem.mgrit.options import MGRITOptions
@@ -38,7 +37,7 @@ class _Shifted:
         if hasattr(propagator, "advance"):
             self.advance = self._advance
 
-    def step(self, steps: range, u: np.ndarray, out: np.ndarray) -> None:
+    def step(self, steps: range, u: Array, out: Array) -> None:
         """Write the new states of some steps ``(len(steps), *state)`` to ``out``."""
         if steps.start == 0:
             out[:1] = 0
@@ -48,13 +47,13 @@ class _Shifted:
         own = range(steps.start - 1, steps.stop - 1, steps.step)
         return self.propagator.step(own, u, out)  # nothing, which the level checks
 
-    def _sweep(self, first: int, U: np.ndarray, G: np.ndarray | None) -> None:
+    def _sweep(self, first: int, U: Array, G: Array | None) -> None:
         if first == 0:
             U[1] = 0 if G is None else G[0]
             first, U, G = 1, U[1:], None if G is None else G[1:]
         return self.propagator.sweep(first - 1, U, G) if len(U) > 1 else None
 
-    def _advance(self, first: int, stride: int, u: np.ndarray, out: np.ndarray, G: np.ndarray | None) -> None:
+    def _advance(self, first: int, stride: int, u: Array, out: Array, G: Array | None) -> None:
         # step 0 leads to a C-point, so that it is none of these
         return self.propagator.advance(first - 1, stride, u, out, G)
 
@@ -106,11 +105,12 @@ class TransposedAdjoint(TransposedSweep):
         return fits and same and options.start in ("auto", "guess") and options.f_cycles is None
 
     @property
-    def adjoints(self) -> np.ndarray:
+    def adjoints(self) -> Array:
         """Adjoints of the own points, ``(k + 1, n)``, after a solve."""
-        return self._rows[: self._steps + 1]
+        rows = reversed_rows(self._rows) if is_tensor(self._rows) else self._rows
+        return rows[: self._steps + 1]
 
-    def arrays(self, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def arrays(self, gradient: Array) -> tuple[Array, Array]:
         """The arguments of a solve: unknowns, which are zero, and the right-hand side of the own steps.
 
         Parameters
@@ -118,4 +118,8 @@ class TransposedAdjoint(TransposedSweep):
         gradient
             Misfit gradients of the own points, ``(k + 1, n)``, or of a batch ``(k + 1, members, n)``.
         """
+        if is_tensor(
+            gradient
+        ):  # the rows are in the solver's order, as tensors have no view from the last to the first
+            return self._zeros(gradient.shape[1:], gradient), reversed_rows(gradient[: self.rows - 1])
         return self._zeros(gradient.shape[1:])[::-1], gradient[: self.rows - 1][::-1]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.arrays import Array, is_tensor
 from pint_fem.all_at_once.grids import Coarsening, coarse_points, is_integer
 from pint_fem.all_at_once.propagator import Propagator
 from pint_fem.collective import collectively
@@ -34,6 +35,7 @@ from pint_fem.mgrit.checks.methods import (
     in_turn,
 )
 from pint_fem.mgrit.checks.report import CheckReport, Found, Runner, Space, UserError, raise_first
+from pint_fem.mgrit.checks.tensors import array_of_state, propagator_of_arrays, transfer_of_arrays
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
 from pint_fem.mgrit.transfer import Transfer
@@ -44,7 +46,7 @@ __all__ = ["CheckReport", "check"]
 def check(
     propagators: Propagator | Sequence[Propagator],
     nsteps: int,
-    state: np.ndarray,
+    state: Array,
     *,
     coarsening: int | Sequence = (8, 4),
     transfers: Sequence | None = None,
@@ -63,7 +65,8 @@ def check(
         Steps on the finest level.
     state
         A typical state on the finest level: its shape, and values around which steps make sense. Steps are taken from
-        states that differ from it by up to a tenth of its root mean square (or 0.1, where it is zero).
+        states that differ from it by up to a tenth of its root mean square (or 0.1, where it is zero). A CPU tensor
+        (float64) for propagators of tensors.
     coarsening, transfers
         Those of :class:`~pint_fem.mgrit.solver.MGRIT`.
     comm
@@ -127,12 +130,15 @@ class _Setup:
     """The arguments, checked against each other."""
 
     def __init__(
-        self, propagators: Propagator | Sequence[Propagator], nsteps: int, state: np.ndarray,
+        self, propagators: Propagator | Sequence[Propagator], nsteps: int, state: Array,
         coarsening: int | Sequence, transfers: Sequence | None, rtol: float, seed: int,
     ):  # fmt: skip
         if hasattr(propagators, "step") or not isinstance(propagators, Sequence):
             propagators = [propagators]
         self.propagators = list(propagators)
+        if is_tensor(state):
+            state, self.propagators = array_of_state(state), [propagator_of_arrays(p) for p in self.propagators]
+            transfers = transfers and [transfer_of_arrays(t) for t in transfers]
         if not self.propagators:
             raise ValueError("no propagators: give one, or one per level")
         if not is_integer(nsteps) or nsteps < 1:

@@ -40,6 +40,11 @@ class BatchedLayers:
     modules
         The own layers by number.
 
+    Attributes
+    ----------
+    structure : tuple
+        Of each of the layers: description, names and types of parameters, modes.
+
     Raises
     ------
     InputError
@@ -50,9 +55,9 @@ class BatchedLayers:
         self._modules = dict(modules)
         self._rows = {n: i for i, n in enumerate(self._modules)}
         first = next(iter(self._modules))
-        expected = _structure(self._modules[first])
+        self.structure = _structure(self._modules[first])
         for n, module in self._modules.items():
-            if _structure(module) != expected:
+            if _structure(module) != self.structure:
                 raise InputError(
                     f"layers {first} and {n} have different structures or modes, and batched=True takes layers of one: "
                     "give batched=False, or stages with layers of one structure each"
@@ -141,11 +146,34 @@ class BatchingChoice:
             raise InputError(f"batched {given!r}: give 'auto', True or False")
         self.given = given
         self._chosen: dict[tuple, bool] = {}
+        self._measured: dict[tuple, tuple] = {}
         self.reason = "given" if given != "auto" else "not measured yet: layer by layer"
 
     def __call__(self, key: tuple) -> bool:
         """Whether to take batched calls in a pass of some shape, type and mode; not before it was measured."""
         return bool(self.given) if self.given != "auto" else self._chosen.get(key, False)
+
+    def layers(self, key: tuple, modules: Mapping[int, nn.Module]) -> BatchedLayers | None:
+        """Batched calls of layers with their present parameters.
+
+        With ``"auto"`` none, where layers have come to differ, in what is frozen to its statistics for instance, or
+        have another structure or mode than when they were measured: then this rank goes layer by layer.
+
+        Raises
+        ------
+        InputError
+            Where batched calls were asked for and layers have different structures or modes.
+        """
+        try:
+            out = BatchedLayers(modules)
+        except InputError:
+            if self.given != "auto":
+                raise
+            return None
+        if out.structure != self._measured.get(key, out.structure):
+            return None
+        out.update()
+        return out
 
     def is_open(self, key: tuple) -> bool:
         """Whether a pass is to be measured."""
@@ -174,6 +202,7 @@ class BatchingChoice:
         if fits:
             rows = U[: len(modules) : stride]
             try:
+                self._measured[key] = _structure(modules[layers[0]])
                 times, fits = _time_both(graphs, modules, layers, rows)
             except (RuntimeError, NotImplementedError, InputError) as error:
                 fits, self.reason = False, f"layer by layer: {type(error).__name__}: {error}".splitlines()[0]

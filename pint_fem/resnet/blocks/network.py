@@ -8,6 +8,7 @@ hierarchy; stages with other states are connected by transitions.
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,8 +62,9 @@ class LayerParallel(LayerParallelModule):
         Sweeps without gradients: ``"exact"`` takes sequential steps, ``"same"`` the cycles of the training.
     mgrit
         Options of the solver (:mod:`pint_fem.mgrit`): ``levels``, ``coarsening``, ``relax``, ``rtol`` ..., for all
-        stages, or a list with those of each. Unless given, ``rtol`` is 1e-12 (float64) or 1e-6, and sweeps up to the
-        tolerance that do not converge are repeated by sequential steps.
+        stages, or a list with those of each. Unless given, ``rtol`` is 1e-12 (float64), 1e-6 (float32) or 1.3 times the
+        unit round-off of a shorter type, that of autocast included; sweeps up to the tolerance that do not converge are
+        repeated by sequential steps.
     seed
         Of random numbers in the network (dropout).
     batched
@@ -210,6 +212,11 @@ class LayerParallel(LayerParallelModule):
     def serial_copy(self) -> SerialLayers:
         """The same network in plain torch, with the present parameters and the same random numbers, on every rank
         (collective).
+
+        Raises
+        ------
+        InputError
+            On every rank, if a module cannot be pickled, as the ranks send theirs to each other.
         """
         parts = {name: m for name, m in self.named_children() if name in ("opening", "closing")}
         mine = {
@@ -217,8 +224,13 @@ class LayerParallel(LayerParallelModule):
             "transitions": None if any(isinstance(t, Elsewhere) for t in self.transitions) else self.transitions,
             "layers": {n: m for n, m in enumerate(self.layers) if not isinstance(m, Elsewhere)},
         }
-        self._agree("copy of the network")
-        every = self.grid.layer_comm.allgather(mine)
+        failure, comm = None, self.grid.layer_comm
+        try:
+            data = pickle.dumps(mine) if comm.size > 1 else b""
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            failure = InputError(f"a layer cannot be sent to other ranks: {error}; define its class in a module")
+        self._agree("copy of the network", failure)
+        every = [mine] if comm.size == 1 else [pickle.loads(each) for each in comm.allgather(data)]
         layers = {n: m for each in every for n, m in each["layers"].items()}
         ends = {name: m for each in every for name, m in each["ends"].items()}
         counts = [stage.count for stage in self._stages]

@@ -34,13 +34,13 @@ class _Step:
     Attributes
     ----------
     graphs : LayerGraphs
-        Of the present pass.
+        Of the present pass; ``None`` between passes.
     batched : BatchedLayers or None
         Evaluates several layers in one call.
     """
 
     keeps_input = True  # torch takes no read-only arrays
-    graphs: LayerGraphs
+    graphs: Any = None
     batched: BatchedLayers | None = None
 
     def __init__(self, stride: int, *, propagates_nonfinite: bool):

@@ -59,6 +59,8 @@ class BlockSweeps(SweepSolvers):
         Whether several layers are one call.
     """
 
+    needs_residuals = False
+
     def __init__(
         self,
         layers: Sequence[nn.Module],
@@ -111,31 +113,44 @@ class BlockSweeps(SweepSolvers):
         key = (tuple(U.shape[1:]), U.dtype, trains, graphs.now.network.training)
         batched = None
         if iterates and self.batching(key):
-            batched = collectively(comm, "batched layers", _updated, modules)
+            batched = collectively(comm, "batched layers", self.batching.layers, key, modules)
         fine = self._bind("forward", graphs, batched)
         # up to a tolerance any relaxation may be the last: layers are then recorded once, at the end
         fine.records = trains and (cycles is not None or not iterates)
         if first is not None:
             U[0] = first
         try:
-            result = self._solve("forward", _array(U), cycles=cycles, serial=serial, warm=warm, rtol=self._tolerance(U))
+            result = self._solve(
+                "forward", _array(U), cycles=cycles, serial=serial, warm=warm, rtol=self._tolerance(trajectory)
+            )
             collectively(comm, "layers at the final states", partial(graphs.finish, U, trains=trains))
             if trains and iterates and self.batching.is_open(key):
                 self.batching.measure(key, graphs, modules, U, max(self.strides[1], 1), comm)
         finally:
             graphs.settle()
             fine.records = False
+            self._release("forward")
         return result
 
-    def _tolerance(self, U: Tensor) -> float | None:
-        """Tolerance for states of a type, unless one was given."""
-        return None if self._has_tolerance else 1e-12 if U.dtype == torch.float64 else 1e-6
+    def _tolerance(self, trajectory: BlockTrajectory) -> float | None:
+        """Tolerance for states of a type and the type that layers compute with, unless one was given."""
+        if self._has_tolerance:
+            return None
+        autocast, dtype = trajectory.graphs.now.autocast, trajectory.U.dtype
+        if autocast is not None and dtype != torch.float64:
+            dtype = autocast[1]
+        return {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1.3 * torch.finfo(dtype).eps)
 
     def _bind(self, name: str, graphs: LayerGraphs, batched: BatchedLayers | None) -> Any:
         """Set what all levels of a sweep evaluate, and return the finest level's propagator."""
         for level in self.solvers[name].levels:
             level.propagator.graphs, level.propagator.batched = graphs, batched
         return self.solvers[name].levels[0].propagator
+
+    def _release(self, name: str) -> None:
+        """Refer to no graphs of layers any more, which are as large as the batch's other memory together."""
+        for level in self.solvers[name].levels:
+            level.propagator.graphs = level.propagator.batched = None
 
     def backward(
         self, trajectory: BlockTrajectory, last: Tensor | None, *, cycles: int | None, serial: bool, warm: Any
@@ -163,12 +178,14 @@ class BlockSweeps(SweepSolvers):
             L[0] = last
         graphs.parameter_gradients.clear()
         graphs.extra_gradients.clear()
-        with own_random_numbers(graphs.now.devices):  # of layers that are evaluated again
-            result = self._solve(
-                "backward", _array(L), cycles=cycles, serial=serial, warm=warm, rtol=self._tolerance(L)
-            )
-            missing = [n for n in graphs.own if n not in graphs.parameter_gradients]
-            collectively(comm, "gradients of layers", self._differentiate, graphs, L, missing)
+        rtol = self._tolerance(trajectory)
+        try:
+            with own_random_numbers(graphs.now.devices):  # of layers that are evaluated again
+                result = self._solve("backward", _array(L), cycles=cycles, serial=serial, warm=warm, rtol=rtol)
+                missing = [n for n in graphs.own if n not in graphs.parameter_gradients]
+                collectively(comm, "gradients of layers", self._differentiate, graphs, L, missing)
+        finally:
+            self._release("backward")
         return result, L, L[-1], self._sum_over_layers(graphs)
 
     def _differentiate(self, graphs: LayerGraphs, L: Tensor, layers: Sequence[int]) -> None:
@@ -199,13 +216,6 @@ class BlockSweeps(SweepSolvers):
                 total = wide.to(like.device, like.dtype)
             out.append(total)
         return out
-
-
-def _updated(modules: Mapping[int, nn.Module]) -> BatchedLayers:
-    """Batched calls with the present parameters."""
-    out = BatchedLayers(modules)
-    out.update()
-    return out
 
 
 def _array(t: Tensor) -> Any:

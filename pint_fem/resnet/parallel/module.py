@@ -7,12 +7,13 @@ propagation are MGRIT sweeps inside functions of autograd.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pint_fem.collective import raise_collectively
 from pint_fem.errors import FAILURES, InputError
@@ -109,7 +110,7 @@ class LayerParallelModule(DistributedParameters):
             What the opening or the classification layer raises: as it is on its rank, ``RuntimeError`` on the others.
         """
         devices = devices_of(self.parameters())
-        with own_random_numbers(devices):
+        with own_random_numbers(devices), _normal_tensors():
             return self._forward(x, extra, batch, devices)
 
     def _forward(self, x: Any, extra: tuple, batch: Hashable, devices: list[torch.device]) -> Any:
@@ -130,7 +131,7 @@ class LayerParallelModule(DistributedParameters):
                 for i, t in zip(wanted, inputs, strict=True):
                     leaves[i] = t
                 x, extra = tree_unflatten(leaves, structure)
-            now.extra = extra
+            now.extra = tree_map(_leaf, extra)
             if grid.is_first:
                 now.seed(0)
                 state, layout = self._to_state(0, self._open(now, x))
@@ -161,7 +162,7 @@ class LayerParallelModule(DistributedParameters):
             shape, dtype = facts[0]["shape"]
             layout = facts[0]["layout"]
             self._set_layout(stage, layout)
-            leaves = [t for t in tree_flatten(now.extra)[0] if torch.is_tensor(t)]
+            leaves = [t for t in tree_flatten(extra)[0] if torch.is_tensor(t)]
             end = Propagation.apply(
                 stage, now, shape, dtype, anchor, state, (len(inputs), len(leaves)), *inputs, *leaves,
                 *stage.parameters(),
@@ -257,6 +258,21 @@ class LayerParallelModule(DistributedParameters):
     def serial(self, value: bool) -> None:
         for s in self.stages:
             s.forward_sweeps.serial = s.backward_sweeps.serial = bool(value)
+
+
+@contextmanager
+def _normal_tensors() -> Iterator[None]:
+    """Inference mode as ``no_grad``: tensors made in it have no version, by which writing to an input is noticed."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _leaf(t: Any) -> Any:
+    """A tensor that the layers' graphs begin with: were it connected to the inputs, a pass would refer to itself."""
+    return t.detach().requires_grad_() if torch.is_tensor(t) and t.requires_grad else t
 
 
 def _size(x: Any) -> int:

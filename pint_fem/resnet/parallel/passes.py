@@ -13,7 +13,7 @@ from pint_fem.collective import all_ranks
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.parallel.random_numbers import mixed_seed, seed_generators
-from pint_fem.resnet.parallel.stage import stack_means
+from pint_fem.resnet.parallel.stage import are_finite, stack_means
 
 if TYPE_CHECKING:
     from pint_fem.resnet.parallel.module import LayerParallelModule
@@ -93,6 +93,21 @@ class Pass:
                 "create_graph=True: a layer-parallel network has first derivatives only; for Hessian actions give a "
                 "network of Dense or Convolution layers to TrainingProblem"
             )
+
+    def agree_on_gradients(self) -> None:
+        """Let the backward pass end with an agreement on whether all gradients of the network are finite; they are NaN
+        on all ranks where one of the opening or the classification layer, which one rank alone has, is not.
+        """
+
+        def agree() -> None:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            facts = self.network._agree("end of the gradients", finite=are_finite(gradients))
+            if not all(f["finite"] for f in facts):
+                with torch.no_grad():
+                    for g in gradients:
+                        g.fill_(torch.nan)
+
+        torch.autograd.Variable._execution_engine.queue_callback(agree)  # after all gradients have been added up
 
     def all_agree(self, condition: bool) -> bool:
         """Whether a condition holds on all ranks that share the layers, and on all groups if they take part."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pint_fem.all_at_once.arrays import Array, copied, is_tensor, kind_of, largest_of_rows
 from pint_fem.all_at_once.grids import Bounds, split_steps
 from pint_fem.all_at_once.norms import euclidean
 from pint_fem.all_at_once.stopping import SolveResult
@@ -25,18 +26,24 @@ class _Norms:
 
     Attributes
     ----------
-    ends : ndarray or None
+    ends : ndarray
         Rows of the finest level at the ends of intervals: the points before C-points, and the last one.
     """
 
     def __init__(self) -> None:
-        self.ends: np.ndarray | None = None
+        self.ends = np.zeros(0, int)
 
-    def __call__(self, block: np.ndarray) -> np.ndarray:
+    def __call__(self, block: Array) -> Array:
         return euclidean(block)
 
-    def finite(self, block: np.ndarray) -> np.ndarray:
-        """NaN at ends of intervals that are not finite, which any value that is not finite reaches; zero elsewhere."""
+    def finite(self, block: Array) -> Array:
+        """A number that is not finite at ends of intervals that are not finite, which any value that is not finite
+        reaches.
+        """
+        if is_tensor(block):
+            out, ends = block.new_zeros(len(block)), kind_of(block).row_index(self.ends)
+            out[ends] = largest_of_rows(block[ends])
+            return out
         out = np.zeros(len(block))
         ends = block[self.ends]
         out[self.ends] = np.where(np.isfinite(ends).reshape(len(ends), -1).all(axis=1), 0.0, np.nan)
@@ -73,6 +80,9 @@ class SweepSolvers:
         On every rank, on more layer ranks than layers, or options that do not apply to layers.
     """
 
+    needs_residuals = True
+    """Whether the evaluation of residuals also writes what a backward sweep needs."""
+
     def __init__(
         self,
         nlayers: int,
@@ -85,6 +95,9 @@ class SweepSolvers:
         if nlayers < grid.layer_size:
             raise InputError(f"{grid.layer_size} layer ranks for {nlayers} layers: use at most one rank per layer")
         try:
+            if not isinstance(options, MGRITOptions) and not {"levels", "coarsening"} & set(options or {}):
+                few = nlayers < 2 * np.ravel(MGRITOptions().coarsening)[0]  # for the default
+                options = {**(options or {}), **({"levels": 1} if few else {})}
             options = MGRITOptions.make(options)
             factors = options.factors(nlayers)
         except ValueError as error:
@@ -92,7 +105,7 @@ class SweepSolvers:
         for name, only in (("coarse_solver", "sequential"), ("storage", "all"), ("trace", "")):
             if getattr(options, name) != only:
                 raise InputError(f"mgrit {name} = {getattr(options, name)!r}: layers support {only!r} only")
-        if options.residual == "none":
+        if options.residual == "none" and self.needs_residuals:
             raise InputError("mgrit residual 'none': layers support 'C' and 'full'; residuals cost nothing")
         if not all(isinstance(m, int) for m in factors):
             raise InputError("mgrit coarsening by lists of points: give factors for layers")
@@ -130,8 +143,8 @@ class SweepSolvers:
     def _solve(
         self,
         name: str,
-        U: np.ndarray,
-        G: np.ndarray | None = None,
+        U: Array,
+        G: Array | None = None,
         *,
         cycles: int | None = None,
         serial: bool = False,
@@ -155,9 +168,9 @@ class SweepSolvers:
             return slice(0, 0)
         return slice((level.lo // level.m + 1) * level.m - level.lo, level.k + 1, level.m)
 
-    def c_points(self, name: str, array: np.ndarray) -> np.ndarray:
+    def c_points(self, name: str, array: Array) -> Array:
         """A copy of the own C-points of a sweep's result, from which another one can start."""
-        return array[self._c_rows(name)].copy()
+        return copied(array[self._c_rows(name)])
 
 
 # cached: simulated ranks in one process share what does not depend on the rank

@@ -20,7 +20,7 @@ from pint_fem.resnet.iterations import Adaptive, Iterations
 if TYPE_CHECKING:
     from pint_fem.resnet.parallel.passes import Pass
 
-__all__ = ["Propagation", "Stage"]
+__all__ = ["Propagation", "Stage", "are_finite", "stack_means"]
 
 Tensor = torch.Tensor
 
@@ -176,7 +176,7 @@ class Stage(ABC):
         """
         try:
             first, gradients, extra = self._solve("backward", now, partial(self.run_backward, trajectory, last))
-            finite = all(g is None or _is_finite(g) for g in gradients)
+            finite = are_finite(gradients)
         except SolverFailure:
             if now.nonfinite == "raise":
                 raise
@@ -190,11 +190,12 @@ class Stage(ABC):
         return first, now.mean_over_data(gradients), extra
 
 
-def _is_finite(g: Tensor) -> bool:
-    """Whether all values are finite: their sum is, or else each by itself."""
-    if g.device.type == "meta" or torch.isfinite(g.sum()):
+def are_finite(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether all values are finite, by one read from a device: their sums are, or else each by itself."""
+    given = [g for g in gradients if g is not None and g.device.type != "meta"]
+    if not given or torch.isfinite(torch.stack([g.sum(dtype=torch.float32) for g in given])).all():
         return True
-    return bool(torch.isfinite(g).all())
+    return all(bool(torch.isfinite(g).all()) for g in given)
 
 
 class Propagation(torch.autograd.Function):
@@ -226,6 +227,8 @@ class Propagation(torch.autograd.Function):
         """Derivatives with respect to the first state, on the first rank, the extra inputs and the own parameters."""
         stage, now = ctx.stage, ctx.now
         now.check_backward()
+        if now.nonfinite == "gradient" and stage is now.network.stages[-1]:
+            now.agree_on_gradients()
         with torch.no_grad():
             last = gradient.contiguous() if stage.grid.is_last else None
             first, gradients, extra = stage.propagate_back(now, ctx.trajectory, last)

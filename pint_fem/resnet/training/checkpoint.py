@@ -99,6 +99,7 @@ def save_checkpoint(
         On every rank, where it cannot be written, as on a full disk, or another run writes it; the last one stays.
     """
     path, comm = Path(path), net.grid.comm
+    net._agree("writing of a checkpoint", shares=True)
     require_same(comm, optimizer=_class_name(optimizer), scheduler=_class_name(scheduler))
     reserve_checkpoint(path, net.grid)
     # TypeError: a progress that JSON does not take
@@ -257,6 +258,7 @@ def load_checkpoint(
         another kind of optimiser or scheduler, or of other groups of parameters.
     """
     path, comm = Path(path), net.grid.comm
+    net._agree("reading of a checkpoint", shares=True)
     require_same(comm, optimizer=_class_name(optimizer), scheduler=_class_name(scheduler))
     found = on_first_rank(comm, "", read_head, path)
     if found is None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from pint_fem.errors import InputError
+from pint_fem.resnet.blocks.network import LayerParallel
 from pint_fem.resnet.network import LayerParallelResNet
 from pint_fem.resnet.parallel.module import LayerParallelModule
 from pint_fem.resnet.parallel.parameters import Elsewhere
@@ -33,6 +34,8 @@ class LayerRows:
 
     Attributes
     ----------
+    bounds : sequence of int
+        Numbers of the ranks' first layers, and ``count``.
     prefix, short : str
         What the names of the files of parameters, and of the optimiser's arrays, begin with.
     stacked : bool
@@ -43,11 +46,22 @@ class LayerRows:
 
     prefix: str
     short: str
-    count: int
+    bounds: Sequence[int]
     lo: int
     hi: int
     stacked: bool
     tensors: dict[str, Sequence[Tensor]] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Number of layers on all ranks."""
+        return self.bounds[-1]
+
+    @property
+    def structure(self) -> list[list]:
+        """Name, shape and type of each parameter and buffer of a layer."""
+        shape = lambda t: list(t.shape[1:] if self.stacked else t.shape)
+        return [[name, shape(own[0]), str(own[0].dtype)] for name, own in self.tensors.items() if len(own)]
 
     def stack(self, name: str) -> Tensor:
         """The own rows of a parameter or buffer, ``(hi - lo, ...)``."""
@@ -79,12 +93,45 @@ def as_tensor(a: np.ndarray, dtype: torch.dtype) -> Tensor:
     return t.view(dtype) if dtype == torch.bfloat16 else t
 
 
-def rows_of(net: LayerParallelModule) -> list[LayerRows]:
-    """The own layers of each stage."""
+def rows_of(net: LayerParallelModule, *, buffers: bool = True) -> list[LayerRows]:
+    """The own layers of each stage, with or without their ``buffers``.
+
+    Raises
+    ------
+    InputError
+        Where the own layers of a stage do not have the same parameters and buffers.
+    """
     if isinstance(net, LayerParallelResNet):
-        tensors = {name: [net.theta[name]] for name in net.layer.shapes}
-        return [LayerRows("theta.", "", net.nlayers, net.lo, net.hi, True, tensors)]
-    raise InputError(f"a network of class {type(net).__name__} cannot be written")
+        tensors: dict[str, Sequence[Tensor]] = {name: [net.theta[name]] for name in net.layer.shapes}
+        return [LayerRows("theta.", "", net.sweeps.bounds, net.lo, net.hi, True, tensors)]
+    assert isinstance(net, LayerParallel)
+    return [_rows_of_stage(number, stage, buffers) for number, stage in enumerate(net.stages)]
+
+
+def _rows_of_stage(number: int, stage: Any, buffers: bool) -> LayerRows:
+    """The own layers of a stage of modules."""
+    lo, hi = stage.sweeps.lo, stage.sweeps.hi
+    out = LayerRows(f"stage{number}.", f"stage{number}.", stage.sweeps.bounds, lo, hi, False)
+    states = [stage.own[n].state_dict(keep_vars=True) for n in range(lo, hi)]
+    described = [{name: _kind(t) for name, t in state.items()} for state in states]
+    for n, kinds in enumerate(described):
+        if kinds != described[0]:
+            name = next(k for k in {**kinds, **described[0]} if kinds.get(k) != described[0].get(k))
+            raise InputError(
+                f"layer {lo + n} of stage {number} has {name} {kinds.get(name, 'missing')}, layer {lo} has "
+                f"{described[0].get(name, 'none')}: give stages of layers of one structure"
+            )
+        if other := [name for name, kind in kinds.items() if kind is None]:
+            raise InputError(f"layer {lo + n} of stage {number} has a state {other[0]} that is no tensor")
+    first = states[0] if states else {}
+    names = [name for name, t in first.items() if buffers or isinstance(t, nn.Parameter)]
+    out.tensors = {name: [state[name] for state in states] for name in names}
+    return out
+
+
+def _kind(t: Any) -> tuple | None:
+    """Shape and type of a tensor."""
+    return (tuple(t.shape), str(t.dtype)) if torch.is_tensor(t) else None
 
 
 def ends_of(net: LayerParallelModule) -> dict[str, nn.Module]:
@@ -106,6 +153,13 @@ def fingerprint(net: LayerParallelModule) -> dict[str, Any]:
     found: dict[str, str | None] = {"opening": None, "closing": None}
     for ends in net.grid.comm.allgather({name: _text(m) for name, m in ends_of(net).items()}):
         found |= ends
+    if isinstance(net, LayerParallelResNet):
+        return _of_stacked_layers(net) | found
+    return _of_blocks(net) | found
+
+
+def _of_stacked_layers(net: LayerParallelResNet) -> dict[str, Any]:
+    """Kind and number of layers of one kind."""
     act = net.layer.activation
     return {
         "layers": net.nlayers,
@@ -115,7 +169,29 @@ def fingerprint(net: LayerParallelModule) -> dict[str, Any]:
         "kind": type(net.layer).__name__,
         "activation": act.name,
         "values of the activation": [round(v, 9) for v in act.values(_PROBES)],
-        **found,
+    }
+
+
+def _of_blocks(net: LayerParallelModule) -> dict[str, Any]:
+    """Structure and number of layers that are modules (collective)."""
+    assert isinstance(net, LayerParallel)
+    own = []
+    for rows, stage in zip(rows_of(net), net.stages, strict=True):
+        own.append((rows.structure, _text(stage.own[rows.lo]) if rows.hi > rows.lo else ""))
+    every = net.grid.layer_comm.allgather(own)
+    for number in range(len(net.stages)):
+        for rank, theirs in enumerate(every):
+            if theirs[number][1] and theirs[number][0] != every[0][number][0]:
+                raise InputError(
+                    f"layers of stage {number} have other parameters or buffers on layer rank {rank} than on 0: give "
+                    "stages of layers of one structure"
+                )
+    return {
+        "layers": [stage.count for stage in net.stages],
+        "parameters and buffers": [structure for structure, _ in every[0]],
+        "first layers": [text for _, text in every[0]],
+        "residual": net.residual,
+        "h": net.h,
     }
 
 
