@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from pint_fem.resnet import Grid, Regularisation, load_checkpoint, refine, reser
 from problems.classification import shared_loader
 from problems.serial_networks import fastest_for_training
 
-__all__ = ["Task", "learning_rate", "train", "train_in_levels"]
+__all__ = ["Task", "learning_rate", "on_root", "train", "train_in_levels"]
 
 
 @dataclass
@@ -60,6 +61,11 @@ class Task:
         return shared_loader(self.data, batch, grid, shuffle=not opts.warm, seed=opts.seed)
 
 
+def on_root(grid: Grid) -> Callable[[str], None]:
+    """A function that prints a line at once, on the first rank."""
+    return partial(print, flush=True) if grid.is_root else lambda *_: None
+
+
 def learning_rate(schedule: str, largest: float, done: float, epochs: int) -> float:
     """The step of the optimiser after ``done`` epochs, which may be a fraction, of ``epochs``.
 
@@ -79,7 +85,7 @@ def train(opts, grid: Grid, task: Task, *, net=None, label: str = "") -> dict:
     """Train, go on from a checkpoint, compare: the network, the records of its epochs, the losses of the batches and
     the same of the serial copy (collective).
     """
-    say = print if grid.is_root else lambda *_: None
+    say = on_root(grid)
     net = net or task.parallel(opts.layers)
     say(
         f"{net.nlayers} residual layers on {grid.layer_size} ranks, {grid.data_size} groups, batches of {opts.batch}, "
@@ -183,7 +189,7 @@ def _compare(opts, grid: Grid, task: Task) -> dict:
     """
     curve, losses = [], []
     if grid.is_root:
-        print("plain serial torch, same seed and epochs:")
+        print("plain serial torch, same seed and epochs:", flush=True)
         net = task.serial(opts.layers)
         loader = task.batches(opts, opts.batch * grid.data_size, Grid(comm=MPI.COMM_SELF))
         threads, batches = sorted({1, grid.comm.size}), opts.epochs * len(loader)

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from torch import nn
 
 from pint_fem.errors import InputError
-from pint_fem.resnet.blocks.graphs import Graph, LayerGraphs
+from pint_fem.resnet.blocks.graphs import Graph, LayerGraphs, naming_writes, require_unwritten
 
 __all__ = ["BatchedLayers", "BatchingChoice"]
 
@@ -94,13 +94,11 @@ class BatchedLayers:
 
         def one(parameters: dict, constants: dict, state: Tensor) -> Tensor:
             y = torch.func.functional_call(template, (parameters, constants), (layout.unpack(state), *extra))
+            layout.require(y, "a layer")
             return layout.pack(y)
 
         # a random number in a layer raises here: its seed is that of the layer, which a batched call does not have
-        y = torch.vmap(one, randomness="error")(theta, buffers, u)
-        if y.shape != u.shape:
-            raise InputError(f"layers map states of shape {tuple(u.shape[1:])} to {tuple(y.shape[1:])}")
-        return y
+        return torch.vmap(one, randomness="error")(theta, buffers, u)
 
     def step(self, graphs: LayerGraphs, layers: Sequence[int], u: Tensor, stride: int, *, record: bool) -> Tensor:
         """The next states ``(len(layers), *state)`` of a level from those in ``u``."""
@@ -112,7 +110,9 @@ class BatchedLayers:
                     graphs.states[n] = u[i].data
             with torch.no_grad():
                 buffers = {name: b.clone() for name, b in self._select(self._buffers, layers).items()}
-                y = self._values(graphs, u.data, self._select(self._theta, layers), buffers)
+                alias = u.data
+                y = self._values(graphs, alias, self._select(self._theta, layers), buffers)
+                require_unwritten(alias, "a layer")
             if record:
                 graphs.note_buffers(layers, buffers)
         return graphs.advance(u, y, stride)
@@ -125,7 +125,7 @@ class BatchedLayers:
         }
         buffers = {name: b.clone() for name, b in self._select(self._buffers, layers).items()}
         leaf = u.data.requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), naming_writes("a layer"):
             y = self._values(graphs, leaf, theta, buffers)
         graph = Graph(layers, leaf, y, {name: theta[name] for name in theta if name in trained}, stacked=True)
         graphs.keep(graph, buffers)

@@ -12,8 +12,8 @@ in a pass, by the recorded evaluation; all others leave them as they were.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -23,9 +23,48 @@ from pint_fem.errors import InputError
 from pint_fem.resnet.parallel.passes import Pass
 from pint_fem.resnet.parallel.states import StateLayout
 
-__all__ = ["Graph", "LayerGraphs"]
+__all__ = ["Graph", "LayerGraphs", "naming_writes", "require_unwritten"]
 
 Tensor = torch.Tensor
+
+
+_WRITES = "writes to its input: give a module that does not, such as ReLU(inplace=False) where it comes first"
+
+
+def require_unwritten(u: Tensor, what: str) -> None:
+    """Refuse layers that have written to a new tensor of the solver's memory.
+
+    Raises
+    ------
+    InputError
+        Naming ``what`` did.
+    """
+    if u._version:
+        raise InputError(f"{what} {_WRITES}")
+
+
+@contextmanager
+def naming_writes(what: str) -> Iterator[None]:
+    """What torch raises where a layer ``what`` writes to the leaf of its graph, as an :class:`InputError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "a leaf Variable that requires grad" in str(error):
+            raise InputError(f"{what} {_WRITES} ({error})") from error
+        raise
+
+
+@contextmanager
+def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Leave out hooks of parameters, which torch calls where the gradients of the network are added up."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for registered, _ in hooks:
+        registered.clear()
+    try:
+        yield
+    finally:
+        for registered, before in hooks:
+            registered.update(before)
 
 
 class Graph:
@@ -54,7 +93,8 @@ class Graph:
         wanted = [self.u, *(self.theta.values() if gradients else ()), *(extra if gradients else ())]
         if not self.y.requires_grad:
             return torch.zeros_like(self.u), [None] * len(self.theta), [None] * len(extra)
-        found = torch.autograd.grad(self.y, wanted, v, retain_graph=True, allow_unused=True)
+        with _without_hooks(self.theta.values()):
+            found = torch.autograd.grad(self.y, wanted, v, retain_graph=True, allow_unused=True)
         first = torch.zeros_like(self.u) if found[0] is None else found[0]
         count = len(self.theta)
         return first, list(found[1 : 1 + count]), list(found[1 + count :])
@@ -137,9 +177,12 @@ class LayerGraphs:
                 buffers.update(changed)
         else:
             y = module(state, *extra)
-        if self.layout.is_tuple or not torch.is_tensor(y) or y.shape != u.shape:
-            self.layout.require(y, f"layer {self.offset + n} ({type(self.modules[n]).__name__})")
+        self.layout.require(y, self._name(n))
         return self.layout.pack(y)
+
+    def _name(self, n: int) -> str:
+        """A layer, for messages."""
+        return f"layer {self.offset + n} ({type(self.modules[n]).__name__})"
 
     def step(self, n: int, u: Tensor, stride: int, *, record: bool) -> Tensor:
         """The next state of a level whose points are ``stride`` layers apart, from ``u`` with layer ``n``."""
@@ -149,11 +192,7 @@ class LayerGraphs:
             alias = u.data
             with torch.no_grad():
                 y = self._evaluate(n, alias)
-            if alias._version:
-                raise InputError(
-                    f"layer {self.offset + n} ({type(self.modules[n]).__name__}) writes to its input: give a module "
-                    "that does not, such as ReLU(inplace=False) where it comes first"
-                )
+            require_unwritten(alias, self._name(n))
         return self.advance(u, y, stride)
 
     def advance(self, u: Tensor, y: Tensor, stride: int) -> Tensor:
@@ -175,7 +214,7 @@ class LayerGraphs:
         """The value of a layer with its graph."""
         leaf = u.requires_grad_()  # ``.data`` of a row: what is written to other rows does not concern it
         counts = _SavedBytes() if not self.graph_bytes else nullcontext()
-        with torch.enable_grad(), counts:
+        with torch.enable_grad(), counts, naming_writes(self._name(n)):
             y = self._evaluate(n, leaf, buffers)
         if isinstance(counts, _SavedBytes):
             self.graph_bytes = counts.total

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pint_fem.collective import collectively, require_same
-from pint_fem.errors import InputError
+from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.resnet.blocks.own_layers import Repeat, layer_makers
 from pint_fem.resnet.blocks.serial import SerialLayers
@@ -24,7 +24,7 @@ from pint_fem.resnet.blocks.stage import BlockStage
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive
 from pint_fem.resnet.parallel.module import LayerParallelModule
-from pint_fem.resnet.parallel.parameters import Elsewhere
+from pint_fem.resnet.parallel.parameters import Elsewhere, require_unshared
 from pint_fem.resnet.parallel.stage import Stage
 from pint_fem.resnet.parallel.states import StateLayout
 
@@ -137,6 +137,10 @@ class LayerParallel(LayerParallelModule):
         options = list(mgrit) if isinstance(mgrit, (list, tuple)) else [mgrit] * len(stages)
         if len(options) != len(stages):
             raise InputError(f"{len(options)} sets of mgrit options for {len(stages)} stages: give one for each")
+        given_layers = [(f"layer {n}", m) for n, m in enumerate(m for s in stages if not isinstance(s, Repeat) for m in s)]
+        between = [(f"transition {i}", t) for i, t in enumerate(transitions)]
+        ends = [(name, m) for name, m in (("opening", opening), ("closing", closing)) if m is not None]
+        collectively(grid.comm, "blocks", require_unshared, [*ends, *given_layers, *between])
         self.residual, self.h, self.checkpoint = residual, float(h), checkpoint
         self._stages: list[BlockStage] = []
         own, offset = [], 0
@@ -227,8 +231,11 @@ class LayerParallel(LayerParallelModule):
         failure, comm = None, self.grid.layer_comm
         try:
             data = pickle.dumps(mine) if comm.size > 1 else b""
-        except (AttributeError, TypeError, pickle.PicklingError) as error:
-            failure = InputError(f"a layer cannot be sent to other ranks: {error}; define its class in a module")
+        except FAILURES as error:  # each module has its own reason
+            failure = InputError(
+                f"a layer cannot be sent to other ranks: {error}; define its class in a module, or load full_state_dict "
+                "into a network of your own"
+            )
         self._agree("copy of the network", failure)
         every = [mine] if comm.size == 1 else [pickle.loads(each) for each in comm.allgather(data)]
         layers = {n: m for each in every for n, m in each["layers"].items()}
