@@ -25,7 +25,7 @@ def cases(kind):
 
 @pytest.mark.parametrize("kind", ["conv", "transformer"])
 def test_a_record_of_each_depth(monkeypatch, kind):
-    """Kernels, serial steps in proportion to the depth, the size of a state; a prediction is near the sum of its parts."""
+    """Kernels, serial steps in proportion to the depth, the size of a state; a prediction near the sum of its parts."""
     monkeypatch.setattr(block_costs, "MEASURED", {"conv": 8, "transformer": 8})
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     said = []
