@@ -60,7 +60,9 @@ def test_accumulated_and_clipped_gradients(kind):
     for order in (1.0, 2.0, float("inf")):
         assert net.gradient_norm(order).item() == pytest.approx(norms(theirs, order).item(), rel=1e-10)
     limit = 0.5 * norms(theirs).item()
-    for m, clip in zip(nets, (net.clip_grad_norm_, lambda n: nn.utils.clip_grad_norm_(plain.parameters(), n)), strict=True):
+    for m, clip in zip(
+        nets, (net.clip_grad_norm_, lambda n: nn.utils.clip_grad_norm_(plain.parameters(), n)), strict=True
+    ):
         before = clip(1e3)  # large enough to change nothing
         assert before.item() == pytest.approx(2 * limit, rel=1e-10)
         clip(limit)
@@ -109,9 +111,7 @@ def test_learning_rates_by_layer_and_frozen_layers(kind):
         if step == 2:
             for m in (task.net, task.plain):
                 m.layers[1].requires_grad_(True)
-        ours, theirs = (
-            take_step(task, m, o) for m, o in zip((task.net, task.plain), optimisers, strict=True)
-        )
+        ours, theirs = (take_step(task, m, o) for m, o in zip((task.net, task.plain), optimisers, strict=True))
         assert ours == pytest.approx(theirs, rel=1e-9)
         require_same_state(task.net, task.plain, 1e-9, gradients=True)
     require_same_state(task.net, task.plain, 1e-9)
