@@ -175,7 +175,7 @@ def test_what_layers_may_not_do():
 def test_autocast(kind):
     """In bfloat16 values and gradients are those of the plain network to its accuracy, and none is missing."""
     task = make(kind, dtype=torch.float32)
-    nets = net, plain = task.net, task.plain
+    nets, net = (task.net, task.plain), task.net
     losses = []
     for m in nets:
         with torch.autocast("cpu", torch.bfloat16):
@@ -184,7 +184,6 @@ def test_autocast(kind):
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
     require_same_state(*nets, 4e-2, gradients=True)
-    m = None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         a, b = (m.eval()(task.x, *task.extra) for m in nets)
     assert a.dtype == b.dtype

@@ -235,8 +235,8 @@ class LayerParallel(LayerParallelModule):
             data = pickle.dumps(mine) if comm.size > 1 else b""
         except FAILURES as error:  # each module has its own reason
             failure = InputError(
-                f"a layer cannot be sent to other ranks: {error}; define its class in a module, or load full_state_dict "
-                "into a network of your own"
+                f"a layer cannot be sent to other ranks: {error}; define its class in a module, or load "
+                "full_state_dict into a network of your own"
             )
         self._agree("copy of the network", failure)
         every = [mine] if comm.size == 1 else [pickle.loads(each) for each in comm.allgather(data)]
