@@ -272,7 +272,9 @@ def groups_network(kind, grid, p):
 
 @time_limit(60)
 @pytest.mark.parametrize("kind", ["dense", "batchnorm"])
-@pytest.mark.parametrize("shape", [pytest.param((2, 1), marks=pytest.mark.parallel(2)), pytest.param((2, 2), marks=pytest.mark.parallel(4))])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((2, 1), marks=pytest.mark.parallel(2)), pytest.param((2, 2), marks=pytest.mark.parallel(4))]
+)
 def test_data_groups(kind, shape):
     """They start and stay equal; gradients are means of those of the groups' batches, and so are statistics."""
     grid = Grid(shape)

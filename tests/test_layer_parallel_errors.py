@@ -107,7 +107,9 @@ def test_a_rank_that_leaves_a_batch():
     task = make("groupnorm")
     net = task.net
     for where in ("before", "loss", "closing"):
-        planted = net.closing.register_forward_hook(fail_backward) if where == "closing" and is_here(net.closing) else None
+        planted = (
+            net.closing.register_forward_hook(fail_backward) if where == "closing" and is_here(net.closing) else None
+        )
         lonely = COMM.rank == COMM.size - 1
         raised = []
         for size in (4, 3):
@@ -173,7 +175,7 @@ def test_what_layers_may_not_do():
 def test_autocast(kind):
     """In bfloat16 values and gradients are those of the plain network to its accuracy, and none is missing."""
     task = make(kind, dtype=torch.float32)
-    nets = net, plain = task.net, task.plain
+    nets, net = (task.net, task.plain), task.net
     losses = []
     for m in nets:
         with torch.autocast("cpu", torch.bfloat16):
@@ -182,7 +184,6 @@ def test_autocast(kind):
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
     require_same_state(*nets, 4e-2, gradients=True)
-    m = None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         a, b = (m.eval()(task.x, *task.extra) for m in nets)
     assert a.dtype == b.dtype
@@ -202,7 +203,11 @@ class ClosingOfManyTypes(nn.Module):
 
     def forward(self, u):
         z = self.linear(u)
-        return {"logits": z, "aux": (z.argmax(1), u.mean(0), {"scale": 2.5, "name": "head", "none": None}), "list": [z.exp()]}
+        return {
+            "logits": z,
+            "aux": (z.argmax(1), u.mean(0), {"scale": 2.5, "name": "head", "none": None}),
+            "list": [z.exp()],
+        }
 
 
 @RANKS
@@ -212,7 +217,9 @@ def test_outputs_of_many_types():
     opening, closing, x = nn.Linear(2, 4), ClosingOfManyTypes(4), torch.randn(5, 2, dtype=torch.float64)
     nets = [
         LayerParallelResNet(opening, Dense(4, "tanh"), 6, closing, dtype=torch.float64, mgrit=HIERARCHY),
-        LayerParallel([nn.Linear(4, 4) for _ in range(6)], opening=opening, closing=closing, h=0.1, mgrit=HIERARCHY).double(),
+        LayerParallel(
+            [nn.Linear(4, 4) for _ in range(6)], opening=opening, closing=closing, h=0.1, mgrit=HIERARCHY
+        ).double(),
     ]
     for net in nets:
         state = net.full_state_dict()

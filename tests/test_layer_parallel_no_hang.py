@@ -176,7 +176,10 @@ import sys
 import torch
 from mpi4py import MPI
 from pint_fem.resnet import Dense, LayerParallelResNet
-sys.excepthook = lambda kind, error, trace: (print("HOOK OF THE USER", file=sys.stderr), sys.__excepthook__(kind, error, trace))
+def hook(kind, error, trace):
+    print("HOOK OF THE USER", file=sys.stderr)
+    sys.__excepthook__(kind, error, trace)
+sys.excepthook = hook
 rank = MPI.COMM_WORLD.rank
 net = LayerParallelResNet(torch.nn.Linear(2, 4), Dense(4), 8, torch.nn.Linear(4, 2), mgrit={"levels": 1})
 again = LayerParallelResNet(torch.nn.Linear(2, 4), Dense(4), 8, torch.nn.Linear(4, 2), mgrit={"levels": 1})

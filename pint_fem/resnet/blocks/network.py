@@ -139,7 +139,9 @@ class LayerParallel(LayerParallelModule):
         options = list(mgrit) if isinstance(mgrit, (list, tuple)) else [mgrit] * len(stages)
         if len(options) != len(stages):
             raise InputError(f"{len(options)} sets of mgrit options for {len(stages)} stages: give one for each")
-        given_layers = [(f"layer {n}", m) for n, m in enumerate(m for s in stages if not isinstance(s, Repeat) for m in s)]
+        given_layers = [
+            (f"layer {n}", m) for n, m in enumerate(m for s in stages if not isinstance(s, Repeat) for m in s)
+        ]
         between = [(f"transition {i}", t) for i, t in enumerate(transitions)]
         ends = [(name, m) for name, m in (("opening", opening), ("closing", closing)) if m is not None]
         collectively(grid.comm, "blocks", require_unshared, [*ends, *given_layers, *between])
@@ -235,8 +237,8 @@ class LayerParallel(LayerParallelModule):
             data = pickle.dumps(mine) if comm.size > 1 else b""
         except FAILURES as error:  # each module has its own reason
             failure = InputError(
-                f"a layer cannot be sent to other ranks: {error}; define its class in a module, or load full_state_dict "
-                "into a network of your own"
+                f"a layer cannot be sent to other ranks: {error}; define its class in a module, or load "
+                "full_state_dict into a network of your own"
             )
         self._agree("copy of the network", failure)
         every = [mine] if comm.size == 1 else [pickle.loads(each) for each in comm.allgather(data)]

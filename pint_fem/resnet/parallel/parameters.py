@@ -123,7 +123,9 @@ class DistributedParameters(nn.Module):
         """Norm of the gradients, in the first message of a collective part."""
         failure, own = None, 0.0
         try:
-            norms = [torch.linalg.vector_norm(p.grad.double(), norm_type) for p in self.parameters() if p.grad is not None]
+            norms = [
+                torch.linalg.vector_norm(p.grad.double(), norm_type) for p in self.parameters() if p.grad is not None
+            ]
             own = torch.linalg.vector_norm(torch.stack(norms), norm_type).item() if norms else 0.0
         except FAILURES as error:
             failure = error
