@@ -287,7 +287,7 @@ def test_layers_that_are_made_where_they_are_needed():
 @pytest.mark.parallel([1, 2])
 @time_limit(60)
 def test_activation_memory_counts_what_is_kept():
-    net, x, y, _ = network("group")
+    net, x, _, _ = network("group")
     kept = {}
     for checkpoint in (False, True):
         net, x, _y, _ = network("group", checkpoint=checkpoint)
