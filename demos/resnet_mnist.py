@@ -128,7 +128,7 @@ def main():
     opts = arguments()
     import torch
 
-    from demos.network_training import train_in_levels
+    from demos.network_training import on_root, train_in_levels
     from problems.classification import digits, mnist
 
     grid = build_grid(opts)
@@ -138,7 +138,7 @@ def main():
         data, test = digits("train"), digits("test")
     else:
         data, test = mnist(opts.data, "train", count=opts.count), mnist(opts.data, "test")
-    say = print if grid.is_root else lambda *_: None
+    say = on_root(grid)
     shape, seconds = tuple(data[0][0].shape[1:]), time.perf_counter() - start
     say(f"{len(data)} training images of {shape}, {len(test)} for testing, read in {seconds:.1f} s")
     torch.manual_seed(opts.seed)

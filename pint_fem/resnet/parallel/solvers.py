@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pint_fem.all_at_once.arrays import Array, copied, is_tensor, kind_of, largest_of_rows
+from pint_fem.all_at_once.arrays import Array, copied, is_tensor, kind_of, sums_of_rows
 from pint_fem.all_at_once.grids import Bounds, split_steps
 from pint_fem.all_at_once.norms import euclidean
 from pint_fem.all_at_once.stopping import SolveResult
@@ -42,7 +42,7 @@ class _Norms:
         """
         if is_tensor(block):
             out, ends = block.new_zeros(len(block)), kind_of(block).row_index(self.ends)
-            out[ends] = largest_of_rows(block[ends])
+            out[ends] = sums_of_rows(block[ends])
             return out
         out = np.zeros(len(block))
         ends = block[self.ends]
