@@ -217,7 +217,7 @@ def test_an_exception_that_one_rank_does_not_catch_ends_the_run():
 
 @pytest.mark.starts_mpi
 def test_a_rank_whose_program_ends():
-    """By ``sys.exit`` between two batches: the other one raises by name in its next call, and both end by themselves."""
+    """By ``sys.exit`` between two batches: the other one raises by name, and both end by themselves."""
     done = start("exit")
     assert done.returncode != 0
     assert "done" not in done.stdout
