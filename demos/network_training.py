@@ -41,8 +41,8 @@ class Task:
         ``optimizer(parameters, lr)``.
     clip : float
         Largest norm of the gradient of all layers; ``None``: it is not limited.
-    regularised : bool
-        Whether the parameters of the layers can have a regularisation.
+    stages : int
+        Number of stages that share the layers.
     """
 
     parallel: Callable[[int], torch.nn.Module]
@@ -52,7 +52,7 @@ class Task:
     loader: Callable[[int, Grid], Any] | None = None
     optimizer: Callable = torch.optim.Adam
     clip: float | None = None
-    regularised: bool = True
+    stages: int = 1
 
     def batches(self, opts, batch: int, grid: Grid):
         """The loader of a training."""
@@ -93,7 +93,7 @@ def train(opts, grid: Grid, task: Task, *, net=None, label: str = "") -> dict:
         + (f" {opts.forward_iterations} + {opts.backward_iterations}" if opts.mode in ("fixed", "adaptive") else "")
     )
     optimizer = task.optimizer(net.parameters(), lr=opts.lr)
-    regularisation = _regularisation(opts, net, task)
+    regularisation = Regularisation(net, opts.tikhonov, opts.smoothness, opts.classifier)
     checkpoint, curve, losses, settings = opts.out / f"checkpoint{label}", [], [], _settings(opts)
     reserve_checkpoint(checkpoint, grid)
     if not opts.fresh:
@@ -103,7 +103,8 @@ def train(opts, grid: Grid, task: Task, *, net=None, label: str = "") -> dict:
             say(f"going on after epoch {len(curve)} of {checkpoint}")
     loader = task.batches(opts, opts.batch, grid)
     with Progress(grid.is_root) as status:
-        how = dict(losses=losses, first=len(curve) + 1, grid=grid, show=status, regularisation=regularisation)
+        how = dict(losses=losses, first=len(curve) + 1, grid=grid, show=status)
+        how["regularisation"] = regularisation if regularisation else None
         for epoch in _epochs(opts, task, net, optimizer, loader, **how):
             curve.append(epoch)
             say(f"  {epoch}")
@@ -118,16 +119,6 @@ def train(opts, grid: Grid, task: Task, *, net=None, label: str = "") -> dict:
     if opts.compare_serial:
         outcome |= _compare(opts, grid, task)
     return outcome
-
-
-def _regularisation(opts, net, task: Task):
-    """What is added to the loss, if anything."""
-    weights = opts.tikhonov, opts.smoothness, opts.classifier
-    if not any(weights):
-        return None
-    if not task.regularised:
-        raise InputError("--tikhonov, --smoothness and --classifier are for networks with one stage: leave them out")
-    return Regularisation(net, *weights)
 
 
 def _epochs(
@@ -212,7 +203,7 @@ def train_in_levels(opts, grid: Grid, task: Task) -> dict:
     """
     if opts.multilevel == 1:
         return train(opts, grid, task)
-    depths = [max(grid.layer_size, opts.layers // 2**k) for k in reversed(range(opts.multilevel))]
+    depths = [max(task.stages * grid.layer_size, opts.layers // 2**k) for k in reversed(range(opts.multilevel))]
     outcome, curves = None, []
     compare_serial, opts.compare_serial = opts.compare_serial, False
     for depth in depths:

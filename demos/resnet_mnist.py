@@ -64,9 +64,11 @@ def _check_stages(opts):
     """Refuse what a network with stages does not have."""
     if opts.layers < STAGES:
         raise InputError(f"--layers {opts.layers}: give at least {STAGES}, one for each stage")
-    for name, absent in (("activation", None), ("multilevel", 1)):
-        if getattr(opts, name) != absent:
-            raise InputError(f"--{name} is for a network with one stage: leave it out, or give --network single")
+    if opts.activation is not None:
+        raise InputError("--activation is for a network with one stage: leave it out, or give --network single")
+    whole = STAGES * 2 ** (opts.multilevel - 1)
+    if opts.multilevel > 1 and opts.layers % whole:
+        raise InputError(f"--layers {opts.layers} with --multilevel {opts.multilevel}: give a multiple of {whole}")
 
 
 def single_network(opts, size):
@@ -119,7 +121,7 @@ def stages(opts, grid, data, test):
         serial=lambda depth: build(depth, alone).serial_copy(),
         data=data,
         test=test,
-        regularised=False,
+        stages=STAGES,
     )
 
 

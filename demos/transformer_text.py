@@ -99,7 +99,6 @@ def task(opts, grid, alphabet, codes):
         loader=lambda batch, on: RandomPassages(training, opts.length, batch, opts.every, on, seed=opts.seed),
         optimizer=partial(torch.optim.AdamW, weight_decay=WEIGHT_DECAY),
         clip=CLIP,
-        regularised=False,
     )
 
 

@@ -245,8 +245,8 @@ def forms(
 
 
 def gradients(network: nn.Module) -> list[Tensor]:
-    """Gradients of a form of :func:`forms`: of the layers by name, stacked, then of opening and closing module; those of
-    all parameters of another network.
+    """Gradients of a form of :func:`forms`: of the layers by name, stacked, then of opening and closing module. Of
+    another network, those of all parameters.
     """
     if not hasattr(network, "stacked_gradients"):
         return [p.grad for p in network.parameters() if p.grad is not None]

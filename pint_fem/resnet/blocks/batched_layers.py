@@ -151,7 +151,9 @@ class BatchingChoice:
 
     def __call__(self, key: tuple) -> bool:
         """Whether to take batched calls in a pass of some shape, type and mode; not before it was measured."""
-        return bool(self.given) if self.given != "auto" else self._chosen.get(key, False)
+        if self.given != "auto":
+            return bool(self.given)
+        return self._chosen.get(key, False) and not torch.are_deterministic_algorithms_enabled()
 
     def layers(self, key: tuple, modules: Mapping[int, nn.Module]) -> BatchedLayers | None:
         """Batched calls of layers with their present parameters.

@@ -69,7 +69,9 @@ class LayerParallel(LayerParallelModule):
         Of random numbers in the network (dropout).
     batched
         Whether the layers that a relaxation evaluates together are one batched call (``torch.vmap``). ``"auto"``: where
-        the first pass measures that this is faster.
+        the first pass measures that this is faster. A measurement may turn out otherwise in the next run, whose values
+        then differ by round-off: give ``False``, or set torch's deterministic algorithms, for runs that are to be
+        repeated bit by bit; values are then bitwise the same for every number of layer ranks as well.
     checkpoint
         Whether graphs of layers are made again in the backward sweep instead of being kept: memory of one layer's
         graph instead of all own ones', for one more evaluation each time.
