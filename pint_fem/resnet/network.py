@@ -18,13 +18,14 @@ from torch import nn
 
 from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.capacity import require_memory
-from pint_fem.collective import require_same
+from pint_fem.collective import collectively, require_same
 from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Layer
 from pint_fem.resnet.parallel.module import LayerParallelModule
+from pint_fem.resnet.parallel.parameters import require_own_parameters
 from pint_fem.resnet.parallel.passes import Pass
 from pint_fem.resnet.parallel.stage import Stage
 from pint_fem.resnet.sweeps import LayerSweeps, Trajectory
@@ -204,6 +205,8 @@ class LayerParallelResNet(LayerParallelModule):
         initial = layer.initial(range(self.lo, self.hi), seed, dtype)
         frozen = layer.activation.frozen
         self.theta = nn.ParameterDict({name: nn.Parameter(p, name not in frozen) for name, p in initial.items()})
+        ends = [("the opening layer", opening), ("the classification layer", closing)]
+        collectively(grid.comm, "parameters", require_own_parameters, ends)
         self._set_ends(opening, closing)
         self.opening.to(dtype)
         self.closing.to(dtype)

@@ -24,7 +24,7 @@ from pint_fem.resnet.blocks.stage import BlockStage
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive
 from pint_fem.resnet.parallel.module import LayerParallelModule
-from pint_fem.resnet.parallel.parameters import Elsewhere
+from pint_fem.resnet.parallel.parameters import Elsewhere, require_own_parameters
 from pint_fem.resnet.parallel.stage import Stage
 from pint_fem.resnet.parallel.states import StateLayout
 
@@ -139,6 +139,9 @@ class LayerParallel(LayerParallelModule):
             raise InputError(f"{len(options)} sets of mgrit options for {len(stages)} stages: give one for each")
         self.residual, self.h, self.checkpoint = residual, float(h), checkpoint
         self._stages: list[BlockStage] = []
+        ends = [("the opening layer", opening), ("the classification layer", closing)]
+        parts = [(name, m) for name, m in ends if m is not None]
+        parts += [(f"transition {i}", t) for i, t in enumerate(transitions, 1)]
         own, offset = [], 0
         for number, (layers, given) in enumerate(zip(stages, options, strict=True)):
             stage = BlockStage(
@@ -149,7 +152,10 @@ class LayerParallel(LayerParallelModule):
             made = collectively(grid.comm, "layers", _own_layers, stage, layers)
             own += [made.get(n, Elsewhere()) for n in range(len(layers))]
             self._stages.append(stage)
+            seen = made.items() if isinstance(layers, Repeat) else enumerate(layers)
+            parts += [(f"layer {offset + n}", m) for n, m in seen]
             offset += len(layers)
+        collectively(grid.comm, "parameters", require_own_parameters, parts)
         self.layers = nn.ModuleList(own)
         self._set_ends(opening or nn.Identity(), closing or nn.Identity(), transitions)
         for stage in self._stages:

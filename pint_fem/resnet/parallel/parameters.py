@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pint_fem.resnet.parallel.agreement import Agreement, CollectiveBackward
 from pint_fem.resnet.parallel.random_numbers import devices_of, mixed_seed, own_random_numbers, seed_generators
 from pint_fem.resnet.training.optimisers import mark_distributed
 
-__all__ = ["DistributedParameters", "Elsewhere"]
+__all__ = ["DistributedParameters", "Elsewhere", "require_own_parameters"]
 
 Tensor = torch.Tensor
 
@@ -32,6 +32,30 @@ class Elsewhere(nn.Module):
             Always.
         """
         raise InputError("this module is on another rank: call the whole network, on all ranks")
+
+
+def require_own_parameters(parts: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse parts of a network with a parameter in common: each is copied to its rank and trained there.
+
+    Raises
+    ------
+    InputError
+        Naming two such parts.
+    """
+    owner: dict[int, str] = {}
+    for part, module in parts:
+        for name, p in module.named_parameters():
+            if owner.setdefault(id(p), part) != part:
+                raise InputError(
+                    f"parameter {name} of {part} is also one of {owner[id(p)]}: parts of a layer-parallel network are "
+                    "trained on different ranks and share no parameters; give each its own, for instance a "
+                    "copy.deepcopy of the module"
+                )
+
+
+def _wide(t: Tensor) -> Tensor:
+    """The values in double precision."""
+    return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
 
 class DistributedParameters(nn.Module):
@@ -96,7 +120,7 @@ class DistributedParameters(nn.Module):
     def gradient_norm(self, norm_type: float = 2.0) -> Tensor:
         """Norm of the gradients of all parameters of the network, the same on all ranks (collective)."""
         own = [p.grad for p in self.parameters() if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(g.double(), norm_type) for g in own]) if own else torch.zeros(0)
+        norms = torch.stack([torch.linalg.vector_norm(_wide(g), norm_type) for g in own]) if own else torch.zeros(0)
         on_ranks = self.grid.layer_comm.allgather(
             torch.linalg.vector_norm(norms.double(), norm_type).item() if own else 0.0
         )
@@ -144,9 +168,8 @@ class DistributedParameters(nn.Module):
 
     def _own_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The part of a state of the whole network that belongs to this rank."""
-        own = self.state_dict().keys()
-        layers = ("opening.", "closing.", "layers.", "transitions.")
-        return {name: t for name, t in state.items() if name in own or not name.startswith(layers)}
+        elsewhere = tuple(f"{name}." for name, m in self.named_modules() if isinstance(m, Elsewhere))
+        return {name: t for name, t in state.items() if not name.startswith(elsewhere)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the state of this rank or, as :meth:`full_state_dict` and the serial copy have it, of all ranks."""
