@@ -154,6 +154,8 @@ class SweepSolvers:
         """Solve for ``U`` by MGRIT cycles, from the C-points ``warm`` if they are given, or by sequential steps;
         ``rtol`` replaces the tolerance of the options, of sweeps up to a tolerance.
         """
+        if warm is not None and warm.shape[1:] != U.shape[1:]:
+            warm = None  # the batch had another size
         if warm is not None:
             U[self._c_rows(name)] = warm
         if serial or len(self.strides) == 1:
