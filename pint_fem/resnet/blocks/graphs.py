@@ -12,8 +12,8 @@ in a pass, by the recorded evaluation; all others leave them as they were.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -51,13 +51,16 @@ class Graph:
         """The vector-Jacobian products with ``v`` for the states, and for the parameters and extra inputs if
         ``gradients`` are wanted.
         """
-        wanted = [self.u, *(self.theta.values() if gradients else ()), *(extra if gradients else ())]
+        names = [name for name, p in self.theta.items() if p.requires_grad]  # others were frozen after the recording
+        theta = [self.theta[name] for name in names]
         if not self.y.requires_grad:
             return torch.zeros_like(self.u), [None] * len(self.theta), [None] * len(extra)
-        found = torch.autograd.grad(self.y, wanted, v, retain_graph=True, allow_unused=True)
+        wanted = [self.u, *(theta if gradients else ()), *(extra if gradients else ())]
+        with _without_hooks(theta if gradients else ()):
+            found = torch.autograd.grad(self.y, wanted, v, retain_graph=True, allow_unused=True)
         first = torch.zeros_like(self.u) if found[0] is None else found[0]
-        count = len(self.theta)
-        return first, list(found[1 : 1 + count]), list(found[1 + count :])
+        of_theta = dict(zip(names, found[1:], strict=False)) if gradients else {}
+        return first, [of_theta.get(name) for name in self.theta], list(found[1 + len(names) :])
 
 
 class LayerGraphs:
@@ -82,6 +85,8 @@ class LayerGraphs:
     ----------
     graphs : dict
         Recorded graphs by the number of the layer.
+    parameters : dict
+        Parameters of the own layers by number, as they are in the pass.
     parameter_gradients, extra_gradients : dict
         Last derivatives by the number of the layer.
     graph_bytes : int
@@ -99,7 +104,10 @@ class LayerGraphs:
         self.parameter_gradients: dict[int, dict[str, Tensor | None]] = {}
         self.extra_gradients: dict[int, list[Tensor | None]] = {}
         self.graph_bytes = 0
+        self.parameters = {n: dict(modules[n].named_parameters()) for n in own}
+        self._before: dict[int, dict[str, Tensor]] = {}
         self._after: dict[int, dict[str, Tensor]] = {}
+        self._replaced: dict[int, dict[str, Tensor]] = {}
         self._changing: set[int] = set()
         self._note_changing(modules)
 
@@ -130,9 +138,12 @@ class LayerGraphs:
         """``f`` or ``b`` of one layer as an array; ``buffers`` takes those that the evaluation has changed."""
         self.now.seed(1 + self.offset + n)
         module, state, extra = self.modules[n], self.layout.unpack(u), self.now.extra
-        if n in self._changing:
-            changed = {name: b.detach().clone() for name, b in module.named_buffers()}
-            y = torch.func.functional_call(module, changed, (state, *extra))
+        if n in self._changing or n in self._replaced:
+            start = self._before.get(n) or dict(module.named_buffers())
+            changed = {name: b.detach().clone() for name, b in start.items()} if n in self._changing else {}
+            tensors = {**self._replaced.get(n, {}), **changed}
+            y = torch.func.functional_call(module, tensors, (state, *extra))
+            changed = {name: tensors[name] for name in changed}
             if buffers is not None:
                 buffers.update(changed)
         else:
@@ -150,11 +161,15 @@ class LayerGraphs:
             with torch.no_grad():
                 y = self._evaluate(n, alias)
             if alias._version:
-                raise InputError(
-                    f"layer {self.offset + n} ({type(self.modules[n]).__name__}) writes to its input: give a module "
-                    "that does not, such as ReLU(inplace=False) where it comes first"
-                )
+                raise self._writes(n)
         return self.advance(u, y, stride)
+
+    def _writes(self, n: int) -> InputError:
+        """The refusal of a layer that changes its input."""
+        return InputError(
+            f"layer {self.offset + n} ({type(self.modules[n]).__name__}) writes to its input: give a module that does "
+            "not, such as ReLU(inplace=False) where it comes first"
+        )
 
     def advance(self, u: Tensor, y: Tensor, stride: int) -> Tensor:
         """The next state from one and the value of ``f`` or ``b`` there."""
@@ -165,21 +180,32 @@ class LayerGraphs:
     def record(self, n: int, u: Tensor) -> Graph:
         """The value of a layer with its graph, kept if the pass keeps graphs."""
         if not self.keeps:
-            self.states[n] = u.data
+            self.note_state(n, u)
         graph = self._graph(n, u.data, self._after.setdefault(n, {}))
         if self.keeps:
             self.graphs[n] = graph
         return graph
+
+    def note_state(self, n: int, u: Tensor) -> None:
+        """Note the state and the buffers from which a layer's graph is made again in the backward sweep."""
+        self.states[n] = u.data
+        if n in self._changing:
+            self._before[n] = {name: b.detach().clone() for name, b in self.modules[n].named_buffers()}
 
     def _graph(self, n: int, u: Tensor, buffers: dict[str, Tensor] | None = None) -> Graph:
         """The value of a layer with its graph."""
         leaf = u.requires_grad_()  # ``.data`` of a row: what is written to other rows does not concern it
         counts = _SavedBytes() if not self.graph_bytes else nullcontext()
         with torch.enable_grad(), counts:
-            y = self._evaluate(n, leaf, buffers)
+            try:
+                y = self._evaluate(n, leaf, buffers)
+            except RuntimeError as error:
+                if "a leaf Variable that requires grad" in str(error):
+                    raise self._writes(n) from error
+                raise
         if isinstance(counts, _SavedBytes):
             self.graph_bytes = counts.total
-        theta = {name: p for name, p in self.modules[n].named_parameters() if p.requires_grad}
+        theta = {name: p for name, p in self.parameters[n].items() if p.requires_grad}
         return Graph([n], leaf, y, theta, stacked=False)
 
     def keep(self, graph: Graph, buffers: Mapping[str, Tensor]) -> None:
@@ -227,6 +253,9 @@ class LayerGraphs:
         found = self.graphs.get(n)
         if found is not None:
             return found
+        now = dict(self.modules[n].named_parameters())
+        if any(now[name] is not p for name, p in self.parameters[n].items()):  # given by functional_call
+            self._replaced[n] = self.parameters[n]
         with self.now.as_in_forward():
             return self._graph(n, self.states[n].detach())
 
@@ -269,6 +298,19 @@ class LayerGraphs:
                 pick = lambda g, at=place: g if g is None or not graph.stacked else g[at]
                 self.parameter_gradients[n] = {name: pick(g) for name, g in zip(graph.theta, theta, strict=True)}
                 self.extra_gradients[n] = extra if n == next(iter(rows)) else [None] * len(extra)
+
+
+@contextmanager
+def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Leave out the hooks of parameters: autograd calls them with the gradients that the network returns."""
+    hooked = [(p, p._backward_hooks) for p in parameters if p.is_leaf and p._backward_hooks]
+    for p, _ in hooked:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
 
 
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
