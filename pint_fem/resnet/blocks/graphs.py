@@ -93,14 +93,16 @@ class Graph:
         """The vector-Jacobian products with ``v`` for the states, and for the parameters and extra inputs if
         ``gradients`` are wanted.
         """
-        wanted = [self.u, *(self.theta.values() if gradients else ()), *(extra if gradients else ())]
+        names = [name for name, p in self.theta.items() if p.requires_grad]  # others were frozen after the recording
+        theta = [self.theta[name] for name in names]
         if not self.y.requires_grad:
             return torch.zeros_like(self.u), [None] * len(self.theta), [None] * len(extra)
-        with _without_hooks(self.theta.values()):
+        wanted = [self.u, *(theta if gradients else ()), *(extra if gradients else ())]
+        with _without_hooks(theta if gradients else ()):
             found = torch.autograd.grad(self.y, wanted, v, retain_graph=True, allow_unused=True)
         first = torch.zeros_like(self.u) if found[0] is None else found[0]
-        count = len(self.theta)
-        return first, list(found[1 : 1 + count]), list(found[1 + count :])
+        of_theta = dict(zip(names, found[1:], strict=False)) if gradients else {}
+        return first, [of_theta.get(name) for name in self.theta], list(found[1 + len(names) :])
 
 
 class LayerGraphs:
@@ -125,6 +127,8 @@ class LayerGraphs:
     ----------
     graphs : dict
         Recorded graphs by the number of the layer.
+    parameters : dict
+        Parameters of the own layers by number, as they are in the pass.
     parameter_gradients, extra_gradients : dict
         Last derivatives by the number of the layer.
     graph_bytes : int
@@ -132,8 +136,8 @@ class LayerGraphs:
     """
 
     def __init__(
-        self, modules: Mapping[Number, nn.Module], own: range, now: Pass, layout: StateLayout, *, residual: bool, h: float,
-        offset: int, keeps: bool,
+        self, modules: Mapping[Number, nn.Module], own: range, now: Pass, layout: StateLayout, *, residual: bool,
+        h: float, offset: int, keeps: bool,
     ):  # fmt: skip
         self.modules, self.own, self.now, self.layout = dict(modules), own, now, layout
         self.residual, self.h, self.offset, self.keeps = residual, h, offset, keeps
@@ -142,7 +146,10 @@ class LayerGraphs:
         self.parameter_gradients: dict[Number, dict[str, Tensor | None]] = {}
         self.extra_gradients: dict[Number, list[Tensor | None]] = {}
         self.graph_bytes = 0
+        self.parameters: dict[Number, dict[str, Tensor]] = {n: dict(modules[n].named_parameters()) for n in own}
+        self._before: dict[Number, dict[str, Tensor]] = {}
         self._after: dict[Number, dict[str, Tensor]] = {}
+        self._replaced: dict[Number, dict[str, Tensor]] = {}
         self._changing: set[Number] = set()
         self._note_changing(modules)
 
@@ -180,9 +187,12 @@ class LayerGraphs:
         """``f`` or ``b`` of one layer as an array; ``buffers`` takes those that the evaluation has changed."""
         self.now.seed(1 + self.offset + (n if isinstance(n, int) else n[1] * n[2]))
         module, state, extra = self.modules[n], self.layout.unpack(u), self.now.extra
-        if n in self._changing:
-            changed = {name: b.detach().clone() for name, b in module.named_buffers()}
-            y = torch.func.functional_call(module, changed, (state, *extra))
+        if n in self._changing or n in self._replaced:
+            start = self._before.get(n) or dict(module.named_buffers())
+            changed = {name: b.detach().clone() for name, b in start.items()} if n in self._changing else {}
+            tensors = {**self._replaced.get(n, {}), **changed}
+            y = torch.func.functional_call(module, tensors, (state, *extra))
+            changed = {name: tensors[name] for name in changed}
             if buffers is not None:
                 buffers.update(changed)
         else:
@@ -215,11 +225,17 @@ class LayerGraphs:
     def record(self, n: Number, u: Tensor) -> Graph:
         """The value of a layer with its graph, kept if the pass keeps graphs."""
         if not self.keeps:
-            self.states[n] = u.data
+            self.note_state(n, u)
         graph = self._graph(n, u.data, self._after.setdefault(n, {}))
         if self.keeps:
             self.graphs[n] = graph
         return graph
+
+    def note_state(self, n: Number, u: Tensor) -> None:
+        """Note the state and the buffers from which a layer's graph is made again in the backward sweep."""
+        self.states[n] = u.data
+        if n in self._changing:
+            self._before[n] = {name: b.detach().clone() for name, b in self.modules[n].named_buffers()}
 
     def _graph(self, n: Number, u: Tensor, buffers: dict[str, Tensor] | None = None) -> Graph:
         """The value of a layer with its graph."""
@@ -229,7 +245,7 @@ class LayerGraphs:
             y = self._evaluate(n, leaf, buffers)
         if isinstance(counts, _SavedBytes):
             self.graph_bytes = counts.total
-        theta = {name: p for name, p in self.modules[n].named_parameters() if p.requires_grad}
+        theta = {name: p for name, p in self.parameters.get(n, {}).items() if p.requires_grad}
         return Graph([n], leaf, y, theta, stacked=False)
 
     def keep(self, graph: Graph, buffers: Mapping[str, Tensor]) -> None:
@@ -277,6 +293,9 @@ class LayerGraphs:
         found = self.graphs.get(n)
         if found is not None:
             return found
+        now = dict(self.modules[n].named_parameters())
+        if any(now[name] is not p for name, p in self.parameters.get(n, {}).items()):  # given by functional_call
+            self._replaced[n] = self.parameters[n]
         with self.now.as_in_forward():
             graph = self._graph(n, self.states[n].detach())
         if self.keeps:
@@ -322,6 +341,19 @@ class LayerGraphs:
                 pick = lambda g, at=place: g if g is None or not graph.stacked else g[at]
                 self.parameter_gradients[n] = {name: pick(g) for name, g in zip(graph.theta, theta, strict=True)}
                 self.extra_gradients[n] = extra if n == next(iter(rows)) else [None] * len(extra)
+
+
+@contextmanager
+def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Leave out the hooks of parameters: autograd calls them with the gradients that the network returns."""
+    hooked = [(p, p._backward_hooks) for p in parameters if p.is_leaf and p._backward_hooks]
+    for p, _ in hooked:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
 
 
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):

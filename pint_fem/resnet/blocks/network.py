@@ -149,14 +149,11 @@ class LayerParallel(LayerParallelModule):
         options = list(mgrit) if isinstance(mgrit, (list, tuple)) else [mgrit] * len(stages)
         if len(options) != len(stages):
             raise InputError(f"{len(options)} sets of mgrit options for {len(stages)} stages: give one for each")
-        given_layers = [
-            (f"layer {n}", m) for n, m in enumerate(m for s in stages if not isinstance(s, Repeat) for m in s)
-        ]
-        between = [(f"transition {i}", t) for i, t in enumerate(transitions)]
-        ends = [(name, m) for name, m in (("opening", opening), ("closing", closing)) if m is not None]
-        collectively(grid.comm, "blocks", require_unshared, [*ends, *given_layers, *between])
         self.residual, self.h, self.checkpoint = residual, float(h), checkpoint
         self._stages: list[BlockStage] = []
+        ends = [("opening", opening), ("closing", closing)]
+        parts = [(name, m) for name, m in ends if m is not None]
+        parts += [(f"transition {i}", t) for i, t in enumerate(transitions, 1)]
         own, offset = [], 0
         for number, (layers, given) in enumerate(zip(stages, options, strict=True)):
             stage = BlockStage(
@@ -170,7 +167,10 @@ class LayerParallel(LayerParallelModule):
             stage.remake()
             own += [made.get(n, Elsewhere()) for n in range(len(layers))]
             self._stages.append(stage)
+            seen = made.items() if isinstance(layers, Repeat) else enumerate(layers)
+            parts += [(f"layer {offset + n}", m) for n, m in seen]
             offset += len(layers)
+        collectively(grid.comm, "blocks", require_unshared, parts)
         self.layers = nn.ModuleList(own)
         self._set_ends(opening or nn.Identity(), closing or nn.Identity(), transitions)
         for stage in self._stages:

@@ -114,9 +114,9 @@ class BlockStage(Stage):
         graphs = trajectory.graphs
         result, L, first, extra = self.sweeps.backward(trajectory, last, **how)
         gradients = []
-        for n, module in self.own.items():
+        for n in graphs.own:
             found = graphs.parameter_gradients.get(n, {})
-            gradients += [found.get(name) if p.requires_grad else None for name, p in module.named_parameters()]
+            gradients += [found.get(name) if p.requires_grad else None for name, p in graphs.parameters[n].items()]
         graphs.parameter_gradients.clear()
         sums = dict(zip(map(id, graphs.extra_tensors), extra, strict=True))
         return result, L, first, gradients, [sums.get(id(t)) for t in graphs.all_extra_tensors]
