@@ -1,4 +1,4 @@
-"""What users do with modules of torch, in layer-parallel networks: the results are those of a plain loop, or refused."""
+"""What users do with torch modules, in layer-parallel networks: the results are those of a plain loop, or refused."""
 
 import copy
 
@@ -142,11 +142,11 @@ def test_shared_parameters_are_refused():
     one, ends = tanh_layer(0), nn.Linear(4, 4)
     tied = nn.Linear(4, 4)
     tied.weight = ends.weight
-    with pytest.raises(InputError, match="layer 1 is also one of layer 0"):
+    with pytest.raises(InputError, match="layer 0 and layer 1 share"):
         LayerParallel([one] * 4)
-    with pytest.raises(InputError, match="classification layer is also one of the opening layer"):
+    with pytest.raises(InputError, match="opening and closing share"):
         LayerParallel([tanh_layer(0) for _ in range(4)], opening=ends, closing=tied)
-    with pytest.raises(InputError, match="classification layer is also one of the opening layer"):
+    with pytest.raises(InputError, match="opening and closing share"):
         LayerParallelResNet(ends, Dense(4, "tanh"), 8, tied)
     with pytest.raises(InputError, match="share the parameter"):
         LayerParallel(Repeat(lambda n: one, 2 * COMM.size))

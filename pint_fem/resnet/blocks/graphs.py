@@ -203,7 +203,11 @@ class LayerGraphs:
     def _name(self, n: Number) -> str:
         """A layer, for messages."""
         kind = type(self.modules[n]).__name__
-        return f"layer {self.offset + n} ({kind})" if isinstance(n, int) else f"the mean of some layers ({kind})"
+        if isinstance(n, int):
+            return f"layer {self.offset + n} ({kind})"
+        sweep, stride, i = n
+        first = self.offset + i * stride
+        return f"the mean of {f'layers {first} to {first + stride - 1}' if sweep == 'forward' else 'layers'} ({kind})"
 
     def step(self, n: Number, u: Tensor, stride: int, *, record: bool) -> Tensor:
         """The next state of a level whose points are ``stride`` layers apart, from ``u`` with layer ``n``."""
@@ -369,4 +373,4 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
             if key not in self._seen:
                 self._seen.add(key)
                 self.total += t.numel() * t.element_size()
-        return t
+        return t.detach()  # a result that an operation saves would refer to the operation, and neither be deleted
