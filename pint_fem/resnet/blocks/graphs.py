@@ -112,9 +112,12 @@ class LayerGraphs:
         self._note_changing(modules)
 
     def _note_changing(self, modules: Mapping[int, nn.Module]) -> None:
-        """Find the layers with buffers that evaluations may change."""
+        """Find the layers with buffers that evaluations may change: without a backward sweep, in which evaluations of
+        layers in evaluation mode are repeated, only those of layers in training mode.
+        """
         for n, module in modules.items():
-            if next(module.buffers(), None) is not None and any(m.training for m in module.modules()):
+            changes = self.now.trains or any(m.training for m in module.modules())
+            if changes and next(module.buffers(), None) is not None:
                 self._changing.add(n)
 
     def adopt(self, modules: Mapping[int, nn.Module]) -> None:
