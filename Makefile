@@ -141,6 +141,8 @@ SCALING_RANKS ?= 16384
 demo: env
 	@$(PETSC_ENV) mpiexec -n $(RANKS) $(PY) demos/heat_source_inversion.py --grid $(GRID) --out $(OUT) $(ARGS)
 
+# a stage of the network has four blocks, for as many ranks at most
+mnist: RANKS := $(shell n=$(RANKS); echo $$((n < 4 ? n : 4)))
 mnist: env
 	@.ci/fetch_mnist data/mnist
 	@$(PETSC_ENV) mpiexec -n $(RANKS) $(PY) demos/resnet_mnist.py --data data/mnist --grid $(GRID) $(ARGS)

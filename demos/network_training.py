@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +15,11 @@ from demos.outputs import Progress
 from demos.training_loop import Epoch, accuracy, train_epoch
 from pint_fem.cli import wait_quietly
 from pint_fem.errors import InputError
-from pint_fem.resnet import (
-    Grid,
-    Regularisation,
-    SerialResNet,
-    load_checkpoint,
-    refine,
-    reserve_checkpoint,
-    save_checkpoint,
-)
+from pint_fem.resnet import Grid, Regularisation, load_checkpoint, refine, reserve_checkpoint, save_checkpoint
 from problems.classification import shared_loader
+from problems.serial_networks import fastest_for_training
 
-__all__ = ["Task", "learning_rate", "train", "train_in_levels"]
+__all__ = ["Task", "learning_rate", "on_root", "train", "train_in_levels"]
 
 
 @dataclass
@@ -48,8 +41,8 @@ class Task:
         ``optimizer(parameters, lr)``.
     clip : float
         Largest norm of the gradient of all layers; ``None``: it is not limited.
-    regularised : bool
-        Whether the parameters of the layers can have a regularisation.
+    stages : int
+        Number of stages that share the layers.
     """
 
     parallel: Callable[[int], torch.nn.Module]
@@ -59,13 +52,18 @@ class Task:
     loader: Callable[[int, Grid], Any] | None = None
     optimizer: Callable = torch.optim.Adam
     clip: float | None = None
-    regularised: bool = True
+    stages: int = 1
 
     def batches(self, opts, batch: int, grid: Grid):
         """The loader of a training."""
         if self.loader is not None:
             return self.loader(batch, grid)
         return shared_loader(self.data, batch, grid, shuffle=not opts.warm, seed=opts.seed)
+
+
+def on_root(grid: Grid) -> Callable[[str], None]:
+    """A function that prints a line at once, on the first rank."""
+    return partial(print, flush=True) if grid.is_root else lambda *_: None
 
 
 def learning_rate(schedule: str, largest: float, done: float, epochs: int) -> float:
@@ -87,7 +85,7 @@ def train(opts, grid: Grid, task: Task, *, net=None, label: str = "") -> dict:
     """Train, go on from a checkpoint, compare: the network, the records of its epochs, the losses of the batches and
     the same of the serial copy (collective).
     """
-    say = print if grid.is_root else lambda *_: None
+    say = on_root(grid)
     net = net or task.parallel(opts.layers)
     say(
         f"{net.nlayers} residual layers on {grid.layer_size} ranks, {grid.data_size} groups, batches of {opts.batch}, "
@@ -95,7 +93,7 @@ def train(opts, grid: Grid, task: Task, *, net=None, label: str = "") -> dict:
         + (f" {opts.forward_iterations} + {opts.backward_iterations}" if opts.mode in ("fixed", "adaptive") else "")
     )
     optimizer = task.optimizer(net.parameters(), lr=opts.lr)
-    regularisation = _regularisation(opts, net, task)
+    regularisation = Regularisation(net, opts.tikhonov, opts.smoothness, opts.classifier)
     checkpoint, curve, losses, settings = opts.out / f"checkpoint{label}", [], [], _settings(opts)
     reserve_checkpoint(checkpoint, grid)
     if not opts.fresh:
@@ -105,7 +103,8 @@ def train(opts, grid: Grid, task: Task, *, net=None, label: str = "") -> dict:
             say(f"going on after epoch {len(curve)} of {checkpoint}")
     loader = task.batches(opts, opts.batch, grid)
     with Progress(grid.is_root) as status:
-        how = dict(losses=losses, first=len(curve) + 1, grid=grid, show=status, regularisation=regularisation)
+        how = dict(losses=losses, first=len(curve) + 1, grid=grid, show=status)
+        how["regularisation"] = regularisation if regularisation else None
         for epoch in _epochs(opts, task, net, optimizer, loader, **how):
             curve.append(epoch)
             say(f"  {epoch}")
@@ -120,16 +119,6 @@ def train(opts, grid: Grid, task: Task, *, net=None, label: str = "") -> dict:
     if opts.compare_serial:
         outcome |= _compare(opts, grid, task)
     return outcome
-
-
-def _regularisation(opts, net, task: Task):
-    """What is added to the loss, if anything."""
-    weights = opts.tikhonov, opts.smoothness, opts.classifier
-    if not any(weights):
-        return None
-    if not task.regularised:
-        raise InputError("--tikhonov, --smoothness and --classifier are for networks with one stage: leave them out")
-    return Regularisation(net, *weights)
 
 
 def _epochs(
@@ -185,20 +174,19 @@ def _curve(checkpoint, progress: dict, settings: dict) -> tuple[list, list]:
         raise InputError(f"checkpoint {checkpoint} has no curve of epochs ({error}): give --fresh") from error
 
 
-COMPILE_FROM = 120.0
-"""Seconds of a serial training by the fastest loop from which on compiled layers are tried too."""
-
-
 def _compare(opts, grid: Grid, task: Task) -> dict:
-    """The same training in plain serial torch, on the first rank with at most as many threads as there are ranks, in
-    the form that is fastest for its batches.
+    """The same training in plain serial torch, on the first rank, in the form and with the number of threads, at most
+    that of the ranks, that are fastest.
     """
     curve, losses = [], []
     if grid.is_root:
-        print("plain serial torch, same seed and epochs:")
+        print("plain serial torch, same seed and epochs:", flush=True)
         net = task.serial(opts.layers)
         loader = task.batches(opts, opts.batch * grid.data_size, Grid(comm=MPI.COMM_SELF))
-        net = _fastest_serial(net, next(iter(loader)), sorted({1, grid.comm.size}), opts.epochs * len(loader))
+        threads, batches = sorted({1, grid.comm.size}), opts.epochs * len(loader)
+        net, count, told = fastest_for_training(net, next(iter(loader)), threads=threads, batches=batches)
+        print(f"  ({told})")
+        torch.set_num_threads(count)
         optimizer = task.optimizer(net.parameters(), lr=opts.lr)
         for epoch in _epochs(opts, task, net, optimizer, loader, losses=losses):
             curve.append(epoch)
@@ -209,38 +197,13 @@ def _compare(opts, grid: Grid, task: Task) -> dict:
     return {"serial": curve, "serial_losses": losses}
 
 
-def _fastest_serial(net, batch, threads: list[int], batches: int) -> torch.nn.Module:
-    """The form of a serial network and the number of threads, set here, that are fastest for a training."""
-    from problems.layers import Training
-    from problems.serial_networks import fastest, forms
-
-    training = lambda form: Training(form, *batch)
-    if not isinstance(net, SerialResNet):  # the modules themselves, on some number of threads
-        found = fastest({"eager": copy.deepcopy(net)}, training, threads=threads, repeats=3)
-        print(f"  ({found}; taken: {found.best[1]} threads)")
-        torch.set_num_threads(found.best[1])
-        return net
-    found = fastest(forms(net, ["eager", "stacked"]), training, threads=threads, repeats=3)
-    told = [f"fastest loop: {found}"]
-    if min(found.seconds.values()) * batches > COMPILE_FROM:
-        compiled = fastest(forms(net, ["compiled"]), training, threads=threads, repeats=3)
-        told.append(f"compiled: {compiled}")
-        found.seconds |= compiled.seconds
-    else:
-        told.append(f"compiled layers are tried from {COMPILE_FROM:.0f} s of training on")
-    form, count = found.best
-    print(f"  ({'; '.join(told)}; taken: {form} on {count})")
-    torch.set_num_threads(count)
-    return forms(net, [form])[form]  # with the first parameters: measurements update them
-
-
 def train_in_levels(opts, grid: Grid, task: Task) -> dict:
     """:func:`train` the deepest of ``opts.multilevel`` networks, each twice as deep as the one before, whose parameters
     are interpolated in depth (multilevel initialisation; with one network there is nothing to interpolate).
     """
     if opts.multilevel == 1:
         return train(opts, grid, task)
-    depths = [max(grid.layer_size, opts.layers // 2**k) for k in reversed(range(opts.multilevel))]
+    depths = [max(task.stages * grid.layer_size, opts.layers // 2**k) for k in reversed(range(opts.multilevel))]
     outcome, curves = None, []
     compare_serial, opts.compare_serial = opts.compare_serial, False
     for depth in depths:

@@ -64,9 +64,11 @@ def _check_stages(opts):
     """Refuse what a network with stages does not have."""
     if opts.layers < STAGES:
         raise InputError(f"--layers {opts.layers}: give at least {STAGES}, one for each stage")
-    for name, absent in (("activation", None), ("multilevel", 1)):
-        if getattr(opts, name) != absent:
-            raise InputError(f"--{name} is for a network with one stage: leave it out, or give --network single")
+    if opts.activation is not None:
+        raise InputError("--activation is for a network with one stage: leave it out, or give --network single")
+    whole = STAGES * 2 ** (opts.multilevel - 1)
+    if opts.multilevel > 1 and opts.layers % whole:
+        raise InputError(f"--layers {opts.layers} with --multilevel {opts.multilevel}: give a multiple of {whole}")
 
 
 def single_network(opts, size):
@@ -119,7 +121,7 @@ def stages(opts, grid, data, test):
         serial=lambda depth: build(depth, alone).serial_copy(),
         data=data,
         test=test,
-        regularised=False,
+        stages=STAGES,
     )
 
 
@@ -128,7 +130,7 @@ def main():
     opts = arguments()
     import torch
 
-    from demos.network_training import train_in_levels
+    from demos.network_training import on_root, train_in_levels
     from problems.classification import digits, mnist
 
     grid = build_grid(opts)
@@ -138,7 +140,7 @@ def main():
         data, test = digits("train"), digits("test")
     else:
         data, test = mnist(opts.data, "train", count=opts.count), mnist(opts.data, "test")
-    say = print if grid.is_root else lambda *_: None
+    say = on_root(grid)
     shape, seconds = tuple(data[0][0].shape[1:]), time.perf_counter() - start
     say(f"{len(data)} training images of {shape}, {len(test)} for testing, read in {seconds:.1f} s")
     torch.manual_seed(opts.seed)

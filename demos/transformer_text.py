@@ -99,7 +99,6 @@ def task(opts, grid, alphabet, codes):
         loader=lambda batch, on: RandomPassages(training, opts.length, batch, opts.every, on, seed=opts.seed),
         optimizer=partial(torch.optim.AdamW, weight_decay=WEIGHT_DECAY),
         clip=CLIP,
-        regularised=False,
     )
 
 
@@ -129,7 +128,7 @@ def main():
     """Train."""
     opts = arguments()
 
-    from demos.network_training import train
+    from demos.network_training import on_root, train
     from pint_fem.digests import digest
     from problems.text import Alphabet
 
@@ -138,7 +137,7 @@ def main():
     require_memory(grid.comm, opts.blocks * size, f"{opts.blocks} blocks of width {opts.width}", "give fewer")
     text = read_text(opts, grid)
     alphabet = Alphabet(text)
-    say = print if grid.is_root else lambda *_: None
+    say = on_root(grid)
     opts.text = f"{opts.text or 'pydoc_data.topics'} (digest {digest(text):x})"
     say(f"{opts.text}: {len(text)} characters, {len(alphabet)} different ones")
     job = task(opts, grid, alphabet, alphabet.encode(text))

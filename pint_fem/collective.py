@@ -10,7 +10,8 @@ in the same order, and get the same answer, or an exception each.
 * :func:`raise_collectively`: raises on all ranks what was raised on some;
 * :func:`collectively`: calls a function on all ranks and raises on all of them what it raises on some;
 * :func:`on_first_rank`: calls a function on rank 0 and returns its result on all ranks;
-* :func:`ending_all_ranks`: ends the run where one rank exits by itself.
+* :func:`ending_all_ranks`: ends the run where one rank exits by itself;
+* :func:`end_run_if_uncaught`: ends the run where one rank does not catch what it alone raises.
 
 If rank 3 raises an exception, the others raise one of the same kind, with that of rank 3 as its ``__cause__`` where it
 can be pickled. Where ranks fail differently, the first kind of this table is raised:
@@ -47,7 +48,9 @@ __all__ = [
     "any_rank",
     "collectively",
     "consistent_across_ranks",
+    "end_run_if_uncaught",
     "ending_all_ranks",
+    "mark_shared",
     "on_first_rank",
     "raise_collectively",
     "raise_report",
@@ -188,7 +191,7 @@ def raise_report(comm: MPI.Comm, report: FailureReport, message: str, here: Base
         ``here`` itself where it is a mistake or an exit.
     """
     if here is not None and report.kind < FailureKind.INPUT:
-        raise _mark_shared(comm, here)
+        raise mark_shared(comm, here)
     cause = report.cause() if here is None else here
     if report.kind != FailureKind.EXIT:
         classes = {FailureKind.INPUT: InputError, FailureKind.NUMERICAL: SolverFailure}
@@ -198,11 +201,19 @@ def raise_report(comm: MPI.Comm, report: FailureReport, message: str, here: Base
     else:
         status = getattr(cause, "code", message)
         error = SystemExit(0 if status is None else status)
-    raise _mark_shared(comm, error) from cause
+    raise mark_shared(comm, error) from cause
 
 
-def _mark_shared(comm: MPI.Comm, error: BaseException) -> BaseException:
-    """Mark an exception as one that all ranks of a communicator raise."""
+def mark_shared(comm: MPI.Comm, error: BaseException) -> BaseException:
+    """Mark an exception as one that all ranks of a communicator raise, and return it.
+
+    Parameters
+    ----------
+    comm
+        Communicator of the ranks.
+    error
+        The exception; its attribute ``raised_on_ranks`` is set to their number.
+    """
     error.raised_on_ranks = max(comm.size, getattr(error, "raised_on_ranks", 1))  # type: ignore[attr-defined]
     return error
 
@@ -244,7 +255,7 @@ def raise_collectively(comm: MPI.Comm, error: BaseException | None, where: str =
     if where and error is not None and kind == FailureKind.MISTAKE:
         add_note(error, f"({where})")
     if everywhere and error is not None and (not report.is_numerical or isinstance(error, SolverFailure)):
-        raise _mark_shared(comm, error)
+        raise mark_shared(comm, error)
     place = ", ".join(part for part in (where, "" if everywhere else f"rank {rank}") if part)
     here = error if error is not None and (comm.rank == rank or kind == report.kind < FailureKind.INPUT) else None
     raise_report(comm, report, f"{place}: {report.text}" if place else report.text, here)
@@ -310,3 +321,42 @@ def ending_all_ranks(comm: MPI.Comm) -> Iterator[None]:
         sys.stderr.write(f"rank {comm.rank} leaves, which ends the run:\n{traceback.format_exc()}")
         sys.stderr.flush()
         comm.Abort(code if isinstance(code, int) and code else 1)
+
+
+class _UncaughtHook:
+    """Prints an exception that ends a process, and ends the run unless all ranks have raised it."""
+
+    def __init__(self, before: Callable, comm: MPI.Comm):
+        self.before, self.size, self.rank = before, comm.size, comm.rank
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        try:
+            self.before(kind, error, trace)
+        finally:
+            if getattr(error, "raised_on_ranks", 1) < self.size and not MPI.Is_finalized():
+                sys.stdout.flush()
+                sys.stderr.write(
+                    f"rank {self.rank} leaves with an exception of its own, which ends the run of all ranks\n"
+                )
+                sys.stderr.flush()
+                MPI.COMM_WORLD.Abort(1)
+
+
+def end_run_if_uncaught(comm: MPI.Comm) -> None:
+    """Let an exception that one rank alone raises, and does not catch, end the run; the others would wait for ever.
+
+    The first call in a process that is one of several appends to ``sys.excepthook``: the exception is printed as before
+    and the run is aborted, unless all ranks have raised it (:func:`raise_collectively`) and end by themselves. Later
+    calls do nothing unless their communicator is larger. Where another program catches the exception, as interactive
+    shells and test runners do, nothing happens.
+
+    Parameters
+    ----------
+    comm
+        Communicator of ranks that work collectively.
+    """
+    hook = sys.excepthook
+    if isinstance(hook, _UncaughtHook):
+        hook.size = max(hook.size, comm.size)
+    elif comm.size > 1:
+        sys.excepthook = _UncaughtHook(hook, comm)

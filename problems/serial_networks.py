@@ -29,12 +29,25 @@ from torch.func import functional_call
 
 from pint_fem.errors import InputError
 from pint_fem.resnet import SerialResNet
+from problems.layers import Training
 
-__all__ = ["CHUNK", "FORMS", "Fastest", "agreement", "fastest", "forms", "gradients", "residual_network"]
+__all__ = [
+    "CHUNK",
+    "FORMS",
+    "Fastest",
+    "agreement",
+    "fastest",
+    "fastest_for_training",
+    "forms",
+    "gradients",
+    "residual_network",
+]
 
 FORMS = ("eager", "stacked", "compiled")
 CHUNK = 32
 """Layers of one compiled call."""
+COMPILE_FROM = 120.0
+"""Seconds of a whole training by the fastest loop from which on compiled layers are tried: they take up to a minute."""
 
 
 class _ResNetLayer(nn.Module):
@@ -232,11 +245,11 @@ def forms(
 
 
 def gradients(network: nn.Module) -> list[Tensor]:
-    """Gradients of a form of :func:`forms`: of the layers by name, stacked, then of opening and closing module; those of
-    all parameters of another network.
+    """Gradients of a form of :func:`forms`: of the layers by name, stacked, then of opening and closing module. Of
+    another network, those of all parameters.
     """
     if not hasattr(network, "stacked_gradients"):
-        return [p.grad for p in network.parameters()]
+        return [p.grad for p in network.parameters() if p.grad is not None]
     ends = [p.grad for part in (network.opening, network.closing) for p in part.parameters()]
     return [*network.stacked_gradients().values(), *ends]
 
@@ -358,3 +371,51 @@ def fastest(
     finally:
         torch.set_num_threads(before)
     return out
+
+
+def fastest_for_training(
+    network: nn.Module, batch: Sequence[Any], *, threads: Sequence[int], batches: int
+) -> tuple[nn.Module, int, str]:
+    """The form of a serial network and the number of threads that are fastest for a training with cross-entropy.
+
+    A :class:`~pint_fem.resnet.SerialResNet` is tried in all forms, compiled only where the training by the fastest loop
+    would take more than :data:`COMPILE_FROM` seconds. Other networks, which may draw random numbers or update
+    statistics, stay the loop that they are, and only the number of threads is chosen.
+
+    Parameters
+    ----------
+    network
+        The network, which stays as it is.
+    batch
+        Inputs and labels.
+    threads
+        Numbers of threads that are tried.
+    batches
+        Updates of the whole training.
+
+    Returns
+    -------
+    network : Module
+        To be trained, with the first parameters.
+    threads : int
+    text : str
+        What was measured and taken.
+    """
+    training = lambda net: Training(net, *batch[:2])
+    if not isinstance(network, SerialResNet):
+        found = fastest({"eager": copy.deepcopy(network)}, training, threads=threads, repeats=3)
+        return network, found.best[1], f"the loop itself on {found.best[1]} threads, fastest of: {found}"
+    found = fastest(forms(network, ["eager", "stacked"]), training, threads=threads, repeats=3)
+    told = str(found)
+    if min(found.seconds.values()) * batches > COMPILE_FROM:
+        compiled = forms(network, ["compiled"])
+        try:
+            more = fastest(compiled, training, threads=threads, repeats=3)
+            found.seconds |= more.seconds
+            told += f"; {more}"
+        except InputError as error:
+            told += f"; {error}"
+    else:
+        told += f"; compiled layers are tried from {COMPILE_FROM:.0f} s of training on"
+    form, count = found.best
+    return forms(network, [form])[form], count, f"{form} on {count} threads, fastest of: {told}"

@@ -103,6 +103,7 @@ def own_points(made, whole):
     return whole[np.arange(fine.lo, fine.hi + 1, fine.m)]
 
 
+@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("kind", SOLVERS)
 def test_members_are_solved_as_by_steps_and_with_the_same_bits_on_any_ranks(kind):
@@ -244,6 +245,7 @@ def test_arrays_that_are_no_batch_are_refused():
             made.solve(np.zeros((k + 1, 2, SIZE)), batch=COMM.rank == 0)
 
 
+@pytest.mark.usefixtures("array_kind")
 def test_transfers_map_each_member():
     """Averages of neighbours between levels: the batch is that of single solves."""
     R = np.kron(np.eye(3), [0.5, 0.5])

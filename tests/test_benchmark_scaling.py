@@ -123,7 +123,7 @@ def test_records_of_networks_are_whole(name):
     from tests.benchmarks.scaling.layer_model import predict_training
 
     c = load(name)
-    assert (c.problem, c.nsteps) == (name, int(name.split("-")[1]))
+    assert (c.problem, c.nsteps) == (name, int(name.split("-")[-1]))
     assert c.notes
     assert c.baseline["step"] > 0
     for entry in c.gradient_errors:

@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from mpi4py import MPI
 from torch import nn
 
 from pint_fem.errors import InputError
-from pint_fem.resnet import LayerParallel, Repeat
+from pint_fem.resnet import Grid, LayerParallel, Repeat
 from tests.block_networks import COMM, ConvolutionBlock, image_batch, largest_difference, network
 from tests.limits import time_limit
 
@@ -121,6 +122,27 @@ def test_errors_of_fixed_cycles_are_within_what_residuals_say(kind):
     for error, residual in zip(errors[:2], residuals[:2], strict=True):
         assert error < 20 * residual
     assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parallel([2, 3])
+@time_limit(60)
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_are_bitwise_the_same_for_every_number_of_ranks(kind):
+    """Against the network on each rank alone, with a number of cycles that is not exact, in float32."""
+    results = []
+    for grid in (Grid(), Grid(comm=MPI.COMM_SELF)):
+        net, x, y, extra = network(
+            kind, 12, grid=grid, batched=False, forward_iterations=2, backward_iterations=1,
+            mgrit={"levels": 3, "coarsening": 2, "relax": "F"},
+        )  # fmt: skip
+        net = net.float()
+        out = net(x.float(), *extra)
+        nn.functional.cross_entropy(out, y).backward()
+        results.append((out, {name: p.grad for name, p in net.named_parameters()}))
+    (out, gradients), (alone, expected) = results
+    assert torch.equal(out, alone)
+    for name, g in gradients.items():
+        assert torch.equal(g, expected[name]), name
 
 
 @pytest.mark.parallel([1, 2])

@@ -65,7 +65,7 @@ def test_frozen_parts(kind):
         for m in nets:
             m.zero_grad()
             for name, p in m.named_parameters():
-                p.requires_grad_(trained == "all" or bool(trained) and name.startswith(trained))
+                p.requires_grad_(trained == "all" or (bool(trained) and name.startswith(trained)))
         losses = [task.loss(m) for m in nets]
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-10)
         for loss in losses:
@@ -111,11 +111,12 @@ def test_two_networks():
 @time_limit(60)
 @pytest.mark.parametrize("kind", ["conv", "attention", "stages"])
 def test_losses_and_passes_of_other_kinds(kind):
-    """``autograd.grad``, the same graph twice, an output used twice, derivatives of a part of it, batches in between."""
+    """``autograd.grad``, one graph twice, an output used twice, derivatives of a part of it, batches in between."""
     task = make(kind)
     nets = net, plain = task.net, task.plain
     own = list(net.named_parameters())
-    theirs = dict(zip(dict(plain.named_parameters()), torch.autograd.grad(task.loss(plain), list(plain.parameters()))))
+    found = torch.autograd.grad(task.loss(plain), list(plain.parameters()))
+    theirs = dict(zip(dict(plain.named_parameters()), found, strict=True))
     for (name, _), g in zip(own, torch.autograd.grad(task.loss(net), [p for _, p in own]), strict=True):
         assert close(g, own_part(net, name, theirs[name]))
     require_same_state(*nets, gradients=True)  # none
@@ -180,12 +181,11 @@ def test_a_loss_that_ignores_the_output_on_one_rank(kind):
         with pytest.raises(InputError, match="does not depend on the output of the network"):
             net.collective.backward(loss)
         out = net(task.x)
+        if COMM.rank == lonely:
+            nothing.sum().backward()
+        call = (lambda: net(task.x)) if COMM.rank == lonely else out.sum().backward
         with pytest.raises(InputError, match="all ranks have to make the same calls"):
-            if COMM.rank == lonely:
-                nothing.sum().backward()
-                net(task.x)
-            else:
-                out.sum().backward()
+            call()
     net.zero_grad()
     for m in (net, task.plain):
         task.loss(m).backward()

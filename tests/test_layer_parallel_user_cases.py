@@ -143,13 +143,13 @@ def test_shared_parameters_are_refused():
     one, ends = tanh_layer(0), nn.Linear(4, 4)
     tied = nn.Linear(4, 4)
     tied.weight = ends.weight
-    with pytest.raises(InputError, match="layer 1 is also one of layer 0"):
+    with pytest.raises(InputError, match="layer 0 and layer 1 share"):
         LayerParallel([one] * 4)
-    with pytest.raises(InputError, match="classification layer is also one of the opening layer"):
+    with pytest.raises(InputError, match="opening and closing share"):
         LayerParallel([tanh_layer(0) for _ in range(4)], opening=ends, closing=tied)
-    with pytest.raises(InputError, match="classification layer is also one of the opening layer"):
+    with pytest.raises(InputError, match="opening and closing share"):
         LayerParallelResNet(ends, Dense(4, "tanh"), 8, tied)
-    with pytest.raises(InputError, match="share no parameters"):
+    with pytest.raises(InputError, match="share the parameter"):
         LayerParallel(Repeat(lambda n: one, 2 * COMM.size))
 
 
@@ -298,12 +298,8 @@ def test_states_with_unknown_names_are_refused():
     state, other = net.full_state_dict(), torch.zeros(4, 4, dtype=torch.float64)
     net.load_state_dict(copy.copy(state))
     for name in ("layers.12.0.weight", "opening.scale", "layers.3.0.wieght"):
-        try:
+        with pytest.raises(RuntimeError):
             net.load_state_dict({**state, name: other})
-            refused = False
-        except RuntimeError:
-            refused = True
-        assert COMM.allreduce(refused, op=MPI.LOR), name  # by the rank that has the layer
 
 
 @pytest.mark.parallel([1, 2, 3])

@@ -369,7 +369,6 @@ def theory_calls(nsteps, factors, relax, cycles):
     return calls
 
 
-@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 def test_calls_are_those_of_the_theory():
     """Counted over all ranks, for any number of them."""
@@ -432,7 +431,6 @@ def assert_same_as_alone(comm, bounds, nsteps, factors, relax, *, kind=Counting,
     np.testing.assert_array_equal(start[own], alone[lo : hi + 1][own])
 
 
-@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("relax", ["F", "FCF"])
 @pytest.mark.parametrize("factors", [(), (2,), (4,), (5, 2), (2, 3), (2, 2, 2)])
@@ -448,7 +446,6 @@ def test_same_bits_on_any_number_of_ranks(nsteps, factors, relax):
     turned.Free()
 
 
-@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("relax", ["F", "FCF", "FCFCF"])
 def test_same_bits_on_hardly_any_steps(relax):

@@ -210,7 +210,6 @@ def test_condensed_right_hand_side(options):
         solver.solve(np.zeros((solver.local_rows, 2)), np.zeros((solver.local_rows - 1, 2)))
 
 
-@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("start", ["guess", "nested"])
 def test_storage_costs_no_calls(start):
@@ -448,7 +447,6 @@ def test_failures_between_stored_points_are_named():
         solver.raise_failures()
 
 
-@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("nu", [0, 1, 2])
 def test_check_before_relaxation_uses_its_calls_again(nu):

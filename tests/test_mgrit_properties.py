@@ -253,7 +253,6 @@ def test_error_stays_under_the_two_level_bound(data):
         before = after
 
 
-@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(40)
@@ -420,7 +419,6 @@ def test_transposed_cycle_is_the_transpose(data):
 
 
 # -- nonlinear ---------------------------------------------------------------------------------------------------------
-@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(30)
@@ -574,7 +572,6 @@ def test_same_bits_on_any_slabs(data):
         assert history(result) == history(one)
 
 
-@pytest.mark.usefixtures("array_kind")
 @pytest.mark.parallel([1, 3])
 @given(data=st.data())
 @examples(50)

@@ -263,7 +263,11 @@ def reads(monkeypatch, kind=Layers, *, solves=1, **how):
     return counting.count, result.cycles
 
 
-@pytest.mark.parametrize(("kind", "options"), [*MOST[:-3], (Layers, dict(residual="full"))], ids=named)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*MOST[: len(OPTIONS)], *itertools.product([Swept, Advancing, Blocked], SOME[:1]), (Layers, dict(residual="full"))],
+    ids=named,
+)
 def test_one_read_for_a_norm(kind, options, monkeypatch):
     """The residual's norm, the trajectory's and all checks of blocks come in one copy in each cycle, and one more says
     whether all points are finite. A fixed number of cycles has one for its norms; without a norm there is none.

@@ -174,9 +174,9 @@ def test_values_gradients_and_steps_are_those_of_a_loop_over_modules(case):
     assert all((p.detach() - before[n]).abs().max() > 0.01 for n, p in net.named_parameters() if n in before)
 
 
-@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parallel(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("case", ["prelu", "nested", "prelu of features", "conv of channels"])
+@pytest.mark.parametrize("case", ["nested", "prelu of features", "conv of channels"])
 def test_results_do_not_depend_on_the_ranks(case, dtype):
     """Bitwise, with a fixed number of cycles and after steps of Adam."""
     its = dict(forward_iterations=2, backward_iterations=1, levels=2, dtype=dtype)
@@ -346,7 +346,7 @@ def test_what_is_refused(case):
     state = torch.get_rng_state()
     given = make()
     torch.set_rng_state(state)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message), torch.no_grad():
         Dense(5, given)
     assert torch.equal(torch.get_rng_state(), state)
 

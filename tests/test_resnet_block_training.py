@@ -288,3 +288,26 @@ def test_regularisation_is_its_formula():
     loss = nn.functional.cross_entropy(net(batch()), LABELS) + other()
     loss.backward()
     assert len(set(COMM.allgather(loss.item()))) == 1
+
+
+@pytest.mark.parallel(2)
+@time_limit(60)
+def test_data_groups_and_ranks_in_other_calls(tmp_path):
+    """One of two groups writes; a rank that saves while the other evaluates the network raises, and so does that."""
+    path, net = shared(tmp_path) / "run", network((3, 2), grid=Grid((2, 1)))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    go(net, optimizer, 2)
+    save_checkpoint(path, net, optimizer)
+    layers = network((3, 2))
+    other = torch.optim.Adam(layers.parameters(), lr=0.01)
+    load_checkpoint(path, layers, other)
+    for name, t in layers.state_dict().items():
+        assert torch.equal(t, net.state_dict()[name]), name
+    for work in (
+        lambda: save_checkpoint(path, layers),
+        lambda: load_checkpoint(path, layers),
+        Regularisation(layers, 1),
+    ):
+        with pytest.raises(InputError, match="all ranks have to make the same calls"):
+            work() if COMM.rank == 0 else layers(batch())
+    go(layers, other, 1)

@@ -87,16 +87,15 @@ def run_twice(monkeypatch, main, folder, *small):
 
 
 @pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("norm", ["group", "batch"])
-def test_three_stages_are_the_serial_network(tmp_path, monkeypatch, capsys, norm):
+def test_three_stages_are_the_serial_network(tmp_path, monkeypatch, capsys):
     """Sweeps to the tolerance of float32: the losses of all batches are those of plain torch, also of a run that has
-    been interrupted, with the statistics of BatchNorm where the images of a batch are normalised.
+    been interrupted; statistics of BatchNorm go on, too.
     """
     folder, ranks = MPI.COMM_WORLD.bcast(tmp_path), MPI.COMM_WORLD.size
     if MPI.COMM_WORLD.rank == 0:
         small_mnist(folder)
     MPI.COMM_WORLD.Barrier()
-    small = ["--data", folder, "--layers", 8, "--channels", 2, "--batch", 20, "--epochs", 2, "--norm", norm]
+    small = ["--data", folder, "--layers", 8, "--channels", 2, "--batch", 20, "--epochs", 2]
     found = run_twice(monkeypatch, resnet_mnist.main, folder, *small, "--mode", "exact", "--grid", f"1x{ranks}")
     if MPI.COMM_WORLD.rank == 0:
         whole, parts = found
@@ -107,6 +106,22 @@ def test_three_stages_are_the_serial_network(tmp_path, monkeypatch, capsys, norm
         assert len(whole["adaptive"]) == 3
         assert "going on after epoch 1" in capsys.readouterr().out
         assert_drawn(folder / "whole" / "curves.png", panels=2)
+
+
+@pytest.mark.parallel([1, 2])
+def test_stages_grow_in_depth(tmp_path, monkeypatch):
+    """A block in each stage for each rank, then twice as many, which begin with a smaller loss; with regularisation."""
+    folder, ranks = MPI.COMM_WORLD.bcast(tmp_path), MPI.COMM_WORLD.size
+    if MPI.COMM_WORLD.rank == 0:
+        small_mnist(folder)
+    MPI.COMM_WORLD.Barrier()
+    small = ["--data", folder, "--layers", 6 * ranks, "--channels", 2, "--batch", 20, "--epochs", 2, "--norm", "group"]
+    how = ["--multilevel", 2, "--smoothness", 1e-4, "--tikhonov", 1e-4, "--mode", "serial"]
+    demo(monkeypatch, resnet_mnist.main, *small, *how, "--out", folder / "out")
+    if MPI.COMM_WORLD.rank == 0:
+        (shallow, first), (deep, second) = json.loads((folder / "out" / "summary.json").read_text())["levels"]
+        assert (shallow, deep) == (3 * ranks, 6 * ranks)
+        assert second[0]["loss"] < first[0]["loss"]
 
 
 def test_depth_is_distributed_over_the_stages(monkeypatch):
@@ -129,8 +144,7 @@ def test_depth_is_distributed_over_the_stages(monkeypatch):
     [
         (resnet_mnist, ["--layers", 2], "at least 3"),
         (resnet_mnist, ["--activation", "tanh"], "--network single"),
-        (resnet_mnist, ["--multilevel", 2], "--network single"),
-        (resnet_mnist, ["--data", "digits", "--smoothness", 1e-3], "one stage"),
+        (resnet_mnist, ["--layers", 9, "--multilevel", 2], "a multiple of 6"),
         (transformer_text, ["--steps", 7, "--every", 2], "multiple of --every 2"),
         (transformer_text, ["--width", 10, "--heads", 4], "multiple of --heads 4"),
         (transformer_text, ["--dropout", 1], "a share below 1"),
@@ -138,8 +152,6 @@ def test_depth_is_distributed_over_the_stages(monkeypatch):
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, monkeypatch, program, wrong, match):
-    if "digits" in wrong:
-        pytest.importorskip("sklearn", reason="the small digits are scikit-learn's")
     with pytest.raises(InputError, match=match):
         demo(monkeypatch, program.main, *wrong, "--out", tmp_path)
 

@@ -216,13 +216,11 @@ def test_loss_scaling_with_half_precision():
             with torch.autocast("cpu", torch.float16):
                 return cast(self.inner)(z)
 
-    scale = 2.0**22
+    scale, before = 2.0**22, [p.detach().clone() for p in net.parameters()]
     ours, theirs = (scaled_training(Cast(n), x, y, scale, 1.0, steps=12) for n in (net, copy))
     assert ours == theirs
     assert 2.0 <= theirs[-1] < scale / 4
-    moved = 0.0
     for name, p in net.named_parameters():
         q = dict(copy.named_parameters())[name]
         assert torch.allclose(p, q, rtol=1e-2, atol=2e-3), name
-        moved = max(moved, float(p.grad.abs().max()))
-    assert COMM.allreduce(moved, op=MPI.MAX) > 0
+    assert all((p - q).abs().max() > 0.01 for p, q in zip(net.parameters(), before, strict=True))

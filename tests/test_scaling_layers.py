@@ -104,6 +104,10 @@ def test_plan_and_curve_are_the_fastest(monkeypatch, tmp_path, capsys):
     found = training.plan_training(c, 8)
     assert len(found) == len(entries)
     assert found[0].seconds == pytest.approx(min(every[p] for p in (1, 2, 4, 8)))
+    pays = training.crossover(c, curve)
+    assert pays.speedup >= 1 > min(3.5 * LAYERS / seconds(entry, pays.ranks - 1) for entry in entries)
+    assert pays.ranks not in every, "between two powers of two"
+    assert training.crossover(c.with_changes(baseline={"step": 1e-9}), curve.__class__([])) is None
     monkeypatch.setattr(training, "MANY", 4)
     few = training.strong_training(c, every)
     assert [x.seconds for x in few.best][:3] == [x.seconds for x in curve.best][:3]

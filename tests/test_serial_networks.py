@@ -11,7 +11,16 @@ from pint_fem.errors import InputError
 from pint_fem.resnet import Convolution, Dense, SerialResNet
 from problems import serial_networks
 from problems.layers import Training
-from problems.serial_networks import FORMS, Fastest, agreement, fastest, forms, gradients, residual_network
+from problems.serial_networks import (
+    FORMS,
+    Fastest,
+    agreement,
+    fastest,
+    fastest_for_training,
+    forms,
+    gradients,
+    residual_network,
+)
 
 N, WIDTH = 7, 4
 
@@ -156,3 +165,30 @@ def test_what_has_no_forms_is_refused():
     with pytest.raises(InputError, match="GroupNorm"):
         forms(residual_network(ends()[0], layers, ends()[1]))
     assert serial_networks.CHUNK == 32
+
+
+def test_the_form_of_a_training(monkeypatch):
+    """First parameters, whatever was measured; compiled where it is worth it; other networks stay what they are."""
+    x, y = batch()
+    opening, closing = ends()
+    network = SerialResNet(opening, Dense(WIDTH), N, closing, dtype=torch.float64)
+    found, count, told = fastest_for_training(network, (x, y), threads=[1], batches=1)
+    assert count == 1
+    assert "compiled layers are tried from 120 s" in told
+    assert torch.equal(found(x), network(x))
+    monkeypatch.setattr(serial_networks.torch, "compile", lambda function, **options: function)
+    told = fastest_for_training(network, (x, y), threads=[1], batches=10**9)[2]
+    assert "compiled on 1" in told
+
+    def no_compiler(function, **options):
+        raise RuntimeError("none")
+
+    monkeypatch.setattr(serial_networks.torch, "compile", lambda function, **options: no_compiler)
+    told = fastest_for_training(network, (x, y), threads=[1], batches=10**9)[2]
+    assert "no form of the serial network can be evaluated" in told
+    other = nn.Sequential(opening, nn.BatchNorm1d(WIDTH), closing).double()
+    before = other[1].running_mean.clone()
+    found, _, told = fastest_for_training(other, (x, y), threads=[1], batches=10**9)
+    assert found is other
+    assert torch.equal(before, other[1].running_mean)
+    assert "the loop itself on 1" in told

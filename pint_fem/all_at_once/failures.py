@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from mpi4py import MPI
 
-from pint_fem.all_at_once.arrays import Array, finite_rows, is_tensor, kind_of, largest_of_rows
+from pint_fem.all_at_once.arrays import Array, finite_rows, is_tensor, kind_of, sums_of_rows
 from pint_fem.all_at_once.callbacks import returned_block
 from pint_fem.all_at_once.levels import Level
 from pint_fem.all_at_once.norms import PointNorms, euclidean
@@ -181,5 +181,5 @@ class Failures:
         """Raise on every rank if a step has failed or an own point is not finite on any."""
         norms = getattr(self.point_norms, "finite", self.point_norms)
         if is_tensor(U) and norms is euclidean:
-            norms = largest_of_rows
+            norms = sums_of_rows
         self.raise_unless(not self.levels[0].active or bool(np.isfinite(self.squares(U, norms)).all()))

@@ -19,7 +19,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.all_at_once import messages
-from pint_fem.all_at_once.arrays import Array, finite_rows, is_tensor, kind_of, largest_of_rows
+from pint_fem.all_at_once.arrays import Array, finite_rows, is_tensor, kind_of, sums_of_rows
 from pint_fem.all_at_once.callbacks import StepCalls
 from pint_fem.all_at_once.first_failure import FirstFailure
 from pint_fem.all_at_once.grids import Bounds, Coarsening, coarse_points
@@ -237,7 +237,7 @@ class Level:
     def _check_later(self, steps: range, u: Array, out: Array) -> None:
         """Record the steps from finite data to values that are not, when values are read."""
         decide = lambda u, out: self._note_bad(steps, np.isfinite(u) & ~np.isfinite(out))
-        self.first_failure.decide_later(decide, largest_of_rows(u), largest_of_rows(out))
+        self.first_failure.decide_later(decide, sums_of_rows(u), sums_of_rows(out))
 
     def _check_advance_later(self, first: int, stride: int, u: Array, out: Array) -> None:
         """The same for steps that are taken one after another from each of some states."""
@@ -248,7 +248,7 @@ class Level:
                 self._note_bad(shifted, np.isfinite(before) & ~np.isfinite(after))
                 before = after
 
-        self.first_failure.decide_later(decide, largest_of_rows(u), largest_of_rows(out, 2))
+        self.first_failure.decide_later(decide, sums_of_rows(u), sums_of_rows(out, 2))
 
     def _refuse_later(self, steps: range) -> None:
         """Record what the propagator leaves undone in a call, when values are read."""

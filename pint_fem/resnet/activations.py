@@ -157,7 +157,7 @@ def _random(what: str) -> str:
 def _tried(name: str, f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     """Values at ``z``, which has to be left as it is; random and failing functions are refused."""
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             y, again = f(z.clone()), f(z.clone())
     except Exception as error:
         raise InputError(f"activation {name} on a batch {tuple(z.shape)}: {type(error).__name__}: {error}") from error

@@ -82,7 +82,8 @@ class Layer:
     ):
         layout = () if sample is None else (sample, transposed)
         self.activation = activation(act, *layout)
-        if self.activation.initial and sample is None:
+        self._own = len(self.activation.initial)
+        if self._own and sample is None:
             raise InputError(
                 f"activation {self.activation.name}: {type(self).__name__} layers take none with parameters"
             )
@@ -94,7 +95,7 @@ class Layer:
 
     def of_activation(self, theta: Theta) -> Theta:
         """Parameters of the activation among those of a layer."""
-        return theta[len(theta) - len(self.activation.initial) :]
+        return theta[len(theta) - self._own :]
 
     def initial(self, numbers: range, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Random stacked parameters by name, uniform in ``+-1/sqrt(fan_in)`` as those of torch's own layers.

@@ -25,7 +25,7 @@ from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
 from pint_fem.resnet.layers import Layer
 from pint_fem.resnet.parallel.module import LayerParallelModule
-from pint_fem.resnet.parallel.parameters import require_own_parameters
+from pint_fem.resnet.parallel.parameters import require_unshared
 from pint_fem.resnet.parallel.passes import Pass
 from pint_fem.resnet.parallel.stage import Stage
 from pint_fem.resnet.sweeps import LayerSweeps, Trajectory
@@ -186,7 +186,7 @@ class LayerParallelResNet(LayerParallelModule):
         if dtype not in (torch.float64, torch.float32):
             raise InputError(f"dtype {dtype}: give torch.float64 or torch.float32")
         self.layer, self.nlayers, self.h = layer, nlayers, final_time / nlayers
-        self.final_time, self.evaluation, self.dtype = final_time, evaluation, dtype
+        self.final_time, self.evaluation = final_time, evaluation
         own = -(-nlayers // grid.layer_size) * sum(math.prod(shape) for shape in layer.shapes.values())
         require_memory(
             grid.comm,
@@ -195,8 +195,7 @@ class LayerParallelResNet(LayerParallelModule):
             "give fewer or narrower layers, or more machines",
         )
         if not isinstance(mgrit, MGRITOptions):
-            tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-            mgrit = {"rtol": tolerance, "on_divergence": "serial", **(mgrit or {})}
+            mgrit = {"on_divergence": "serial", **(mgrit or {})}
         self._stage = StackedLayers(
             layer, nlayers, self.h, grid, mgrit, forward_iterations=forward_iterations,
             backward_iterations=backward_iterations, adaptive=adaptive, evaluation=evaluation,
@@ -205,8 +204,7 @@ class LayerParallelResNet(LayerParallelModule):
         initial = layer.initial(range(self.lo, self.hi), seed, dtype)
         frozen = layer.activation.frozen
         self.theta = nn.ParameterDict({name: nn.Parameter(p, name not in frozen) for name, p in initial.items()})
-        ends = [("the opening layer", opening), ("the classification layer", closing)]
-        collectively(grid.comm, "parameters", require_own_parameters, ends)
+        collectively(grid.comm, "network", require_unshared, [("opening", opening), ("closing", closing)])
         self._set_ends(opening, closing)
         self.opening.to(dtype)
         self.closing.to(dtype)
@@ -217,6 +215,11 @@ class LayerParallelResNet(LayerParallelModule):
         """The one stage of all layers."""
         self._stage.theta = self.theta
         return (self._stage,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values, that of the layers' parameters: ``net.to(torch.float64)`` changes it."""
+        return next(iter(self.theta.values())).dtype
 
     @property
     def stack(self) -> list[nn.Parameter]:
@@ -263,6 +266,8 @@ class LayerParallelResNet(LayerParallelModule):
                 f"the opening layer gives values on {x.device}: layers of this kind are computed on the processor; "
                 "move the network and the batch there, or give LayerParallel blocks, which run on any device"
             )
+        if self.dtype not in (torch.float64, torch.float32):
+            raise InputError(f"a network of type {self.dtype}: layers of this kind take torch.float64 or torch.float32")
         self.layer.check_input(x)
         return self.layer.pack(x.to(self.dtype)), len(x)
 

@@ -11,6 +11,7 @@ one layer of each neighbour; ranks are summed in the order of the layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -114,7 +115,7 @@ def _neighbours(net: LayerParallelModule, bounds: Sequence[int]) -> RowExchange:
 
 def _squares(p: torch.Tensor) -> np.ndarray:
     """Sum of squares of each row."""
-    return (p.double().reshape(len(p), -1) ** 2).sum(1).numpy()
+    return (p.double().reshape(len(p), math.prod(p.shape[1:])) ** 2).sum(1).numpy()  # of no rows, too
 
 
 class _Value(torch.autograd.Function):

@@ -20,7 +20,7 @@ from mpi4py import MPI
 from torch import nn
 
 from pint_fem.errors import InputError
-from pint_fem.resnet.blocks.graphs import Graph, LayerGraphs
+from pint_fem.resnet.blocks.graphs import Graph, LayerGraphs, naming_writes, require_unwritten
 from pint_fem.resnet.parallel.agreement import batch_digest
 
 __all__ = ["BatchedLayers", "BatchingChoice"]
@@ -144,13 +144,12 @@ class BatchedLayers:
         def one(parameters: dict, constants: dict, state: Tensor) -> tuple[Tensor, dict]:
             tensors = {**parameters, **constants}
             y = torch.func.functional_call(template, tensors, (layout.unpack(state), *extra))
+            layout.require(y, "a layer")
             return layout.pack(y), {name: tensors[name].detach() for name in constants}
 
         # a random number in a layer raises here: its seed is that of the layer, which a batched call does not have
         y, changed = torch.vmap(one, randomness="error")(theta, buffers, u)
         buffers.update(changed)  # also those that the layers have replaced
-        if y.shape != u.shape:
-            raise InputError(f"layers map states of shape {tuple(u.shape[1:])} to {tuple(y.shape[1:])}")
         return y
 
     def step(self, graphs: LayerGraphs, layers: Sequence[int], u: Tensor, stride: int, *, record: bool) -> Tensor:
@@ -163,7 +162,9 @@ class BatchedLayers:
                     graphs.note_state(n, u[i])
             with torch.no_grad():
                 buffers = {name: b.clone() for name, b in self._select(self._buffers, layers).items()}
-                y = self._values(graphs, u.data, self._select(self._theta, layers), buffers)
+                alias = u.data
+                y = self._values(graphs, alias, self._select(self._theta, layers), buffers)
+                require_unwritten(alias, "a layer")
             if record:
                 graphs.note_buffers(layers, buffers)
         return graphs.advance(u, y, stride)
@@ -176,7 +177,7 @@ class BatchedLayers:
         }
         buffers = {name: b.clone() for name, b in self._select(self._buffers, layers).items()}
         leaf = u.data.requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), naming_writes("a layer"):
             y = self._values(graphs, leaf, theta, buffers)
         graph = Graph(layers, leaf, y, {name: theta[name] for name in theta if name in trained}, stacked=True)
         graphs.keep(graph, buffers)
@@ -202,7 +203,9 @@ class BatchingChoice:
 
     def __call__(self, key: tuple) -> bool:
         """Whether to take batched calls in a pass of some shape, type and mode; not before it was measured."""
-        return bool(self.given) if self.given != "auto" else self._chosen.get(key, False)
+        if self.given != "auto":
+            return bool(self.given)
+        return self._chosen.get(key, False) and not torch.are_deterministic_algorithms_enabled()
 
     def layers(self, key: tuple, modules: Mapping[int, nn.Module]) -> BatchedLayers | None:
         """Batched calls of layers with their present parameters.

@@ -23,9 +23,48 @@ from pint_fem.errors import InputError
 from pint_fem.resnet.parallel.passes import Pass
 from pint_fem.resnet.parallel.states import StateLayout
 
-__all__ = ["Graph", "LayerGraphs"]
+__all__ = ["Graph", "LayerGraphs", "naming_writes", "require_unwritten"]
 
 Tensor = torch.Tensor
+
+
+_WRITES = "writes to its input: give a module that does not, such as ReLU(inplace=False) where it comes first"
+
+
+def require_unwritten(u: Tensor, what: str) -> None:
+    """Refuse layers that have written to a new tensor of the solver's memory.
+
+    Raises
+    ------
+    InputError
+        Naming ``what`` did.
+    """
+    if u._version:
+        raise InputError(f"{what} {_WRITES}")
+
+
+@contextmanager
+def naming_writes(what: str) -> Iterator[None]:
+    """What torch raises where a layer ``what`` writes to the leaf of its graph, as an :class:`InputError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "a leaf Variable that requires grad" in str(error):
+            raise InputError(f"{what} {_WRITES} ({error})") from error
+        raise
+
+
+@contextmanager
+def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Leave out hooks of parameters, which torch calls where the gradients of the network are added up."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for registered, _ in hooks:
+        registered.clear()
+    try:
+        yield
+    finally:
+        for registered, before in hooks:
+            registered.update(before)
 
 
 class Graph:
@@ -151,9 +190,12 @@ class LayerGraphs:
                 buffers.update(changed)
         else:
             y = module(state, *extra)
-        if self.layout.is_tuple or not torch.is_tensor(y) or y.shape != u.shape:
-            self.layout.require(y, f"layer {self.offset + n} ({type(self.modules[n]).__name__})")
+        self.layout.require(y, self._name(n))
         return self.layout.pack(y)
+
+    def _name(self, n: int) -> str:
+        """A layer, for messages."""
+        return f"layer {self.offset + n} ({type(self.modules[n]).__name__})"
 
     def step(self, n: int, u: Tensor, stride: int, *, record: bool) -> Tensor:
         """The next state of a level whose points are ``stride`` layers apart, from ``u`` with layer ``n``."""
@@ -163,16 +205,8 @@ class LayerGraphs:
             alias = u.data
             with torch.no_grad():
                 y = self._evaluate(n, alias)
-            if alias._version:
-                raise self._writes(n)
+            require_unwritten(alias, self._name(n))
         return self.advance(u, y, stride)
-
-    def _writes(self, n: int) -> InputError:
-        """The refusal of a layer that changes its input."""
-        return InputError(
-            f"layer {self.offset + n} ({type(self.modules[n]).__name__}) writes to its input: give a module that does "
-            "not, such as ReLU(inplace=False) where it comes first"
-        )
 
     def advance(self, u: Tensor, y: Tensor, stride: int) -> Tensor:
         """The next state from one and the value of ``f`` or ``b`` there."""
@@ -199,13 +233,8 @@ class LayerGraphs:
         """The value of a layer with its graph."""
         leaf = u.requires_grad_()  # ``.data`` of a row: what is written to other rows does not concern it
         counts = _SavedBytes() if not self.graph_bytes else nullcontext()
-        with torch.enable_grad(), counts:
-            try:
-                y = self._evaluate(n, leaf, buffers)
-            except RuntimeError as error:
-                if "a leaf Variable that requires grad" in str(error):
-                    raise self._writes(n) from error
-                raise
+        with torch.enable_grad(), counts, naming_writes(self._name(n)):
+            y = self._evaluate(n, leaf, buffers)
         if isinstance(counts, _SavedBytes):
             self.graph_bytes = counts.total
         theta = {name: p for name, p in self.parameters[n].items() if p.requires_grad}
@@ -301,19 +330,6 @@ class LayerGraphs:
                 pick = lambda g, at=place: g if g is None or not graph.stacked else g[at]
                 self.parameter_gradients[n] = {name: pick(g) for name, g in zip(graph.theta, theta, strict=True)}
                 self.extra_gradients[n] = extra if n == next(iter(rows)) else [None] * len(extra)
-
-
-@contextmanager
-def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Leave out the hooks of parameters: autograd calls them with the gradients that the network returns."""
-    hooked = [(p, p._backward_hooks) for p in parameters if p.is_leaf and p._backward_hooks]
-    for p, _ in hooked:
-        p._backward_hooks = None
-    try:
-        yield
-    finally:
-        for p, hooks in hooked:
-            p._backward_hooks = hooks
 
 
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pint_fem.collective import collectively, require_same
-from pint_fem.errors import InputError
+from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.resnet.blocks.own_layers import Repeat, layer_makers
 from pint_fem.resnet.blocks.serial import SerialLayers
@@ -24,7 +24,7 @@ from pint_fem.resnet.blocks.stage import BlockStage
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive
 from pint_fem.resnet.parallel.module import LayerParallelModule
-from pint_fem.resnet.parallel.parameters import Elsewhere, require_own_parameters
+from pint_fem.resnet.parallel.parameters import Elsewhere, require_unshared
 from pint_fem.resnet.parallel.stage import Stage
 from pint_fem.resnet.parallel.states import StateLayout
 
@@ -69,7 +69,9 @@ class LayerParallel(LayerParallelModule):
         Of random numbers in the network (dropout).
     batched
         Whether the layers that a relaxation evaluates together are one batched call (``torch.vmap``). ``"auto"``: where
-        the first pass measures that this is faster.
+        the first pass measures that this is faster. A measurement may turn out otherwise in the next run, whose values
+        then differ by round-off: give ``False``, or set torch's deterministic algorithms, for runs that are to be
+        repeated bit by bit; values are then bitwise the same for every number of layer ranks as well.
     checkpoint
         Whether graphs of layers are made again in the backward sweep instead of being kept: memory of one layer's
         graph instead of all own ones', for one more evaluation each time.
@@ -137,11 +139,15 @@ class LayerParallel(LayerParallelModule):
         options = list(mgrit) if isinstance(mgrit, (list, tuple)) else [mgrit] * len(stages)
         if len(options) != len(stages):
             raise InputError(f"{len(options)} sets of mgrit options for {len(stages)} stages: give one for each")
+        given_layers = [
+            (f"layer {n}", m) for n, m in enumerate(m for s in stages if not isinstance(s, Repeat) for m in s)
+        ]
+        between = [(f"transition {i}", t) for i, t in enumerate(transitions)]
+        ends = [(name, m) for name, m in (("opening", opening), ("closing", closing)) if m is not None]
+        collectively(grid.comm, "blocks", require_unshared, [*ends, *given_layers, *between])
         self.residual, self.h, self.checkpoint = residual, float(h), checkpoint
         self._stages: list[BlockStage] = []
-        ends = [("the opening layer", opening), ("the classification layer", closing)]
-        parts = [(name, m) for name, m in ends if m is not None]
-        parts += [(f"transition {i}", t) for i, t in enumerate(transitions, 1)]
+        parts: list[tuple[str, nn.Module]] = []
         own, offset = [], 0
         for number, (layers, given) in enumerate(zip(stages, options, strict=True)):
             stage = BlockStage(
@@ -152,10 +158,9 @@ class LayerParallel(LayerParallelModule):
             made = collectively(grid.comm, "layers", _own_layers, stage, layers)
             own += [made.get(n, Elsewhere()) for n in range(len(layers))]
             self._stages.append(stage)
-            seen = made.items() if isinstance(layers, Repeat) else enumerate(layers)
-            parts += [(f"layer {offset + n}", m) for n, m in seen]
+            parts += [(f"layer {offset + n}", m) for n, m in made.items()]
             offset += len(layers)
-        collectively(grid.comm, "parameters", require_own_parameters, parts)
+        collectively(grid.comm, "layers", require_unshared, parts)  # those that Repeat has made
         self.layers = nn.ModuleList(own)
         self._set_ends(opening or nn.Identity(), closing or nn.Identity(), transitions)
         for stage in self._stages:
@@ -233,8 +238,11 @@ class LayerParallel(LayerParallelModule):
         failure, comm = None, self.grid.layer_comm
         try:
             data = pickle.dumps(mine) if comm.size > 1 else b""
-        except (AttributeError, TypeError, pickle.PicklingError) as error:
-            failure = InputError(f"a layer cannot be sent to other ranks: {error}; define its class in a module")
+        except FAILURES as error:  # each module has its own reason
+            failure = InputError(
+                f"a layer cannot be sent to other ranks: {error}; define its class in a module, or load "
+                "full_state_dict into a network of your own"
+            )
         self._agree("copy of the network", failure)
         every = [mine] if comm.size == 1 else [pickle.loads(each) for each in comm.allgather(data)]
         layers = {n: m for each in every for n, m in each["layers"].items()}

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from pint_fem.resnet.blocks.batched_layers import BatchedLayers
-from pint_fem.resnet.blocks.graphs import LayerGraphs
 
 __all__ = ["BlockAdjoint", "BlockForward", "as_tensor"]
 

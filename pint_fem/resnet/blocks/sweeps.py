@@ -80,7 +80,6 @@ class BlockSweeps(SweepSolvers):
         }
         super().__init__(count, grid, options=options, steps=steps)
         self.batching = batching
-        self._has_tolerance = isinstance(options, MGRITOptions) or "rtol" in (options or {})
         levels = zip(self.solvers["forward"].levels, self.strides, strict=True)
         needed = [layers_of_others(level.bounds, self.bounds, stride) for level, stride in levels]
         comm = grid.layer_comm
@@ -188,7 +187,7 @@ class BlockSweeps(SweepSolvers):
                 collectively(comm, "gradients of layers", self._differentiate, graphs, L, missing)
         finally:
             self._release("backward")
-        return result, L, L[-1], self._sum_over_layers(graphs)
+        return result, _array(L), L[-1], self._sum_over_layers(graphs)
 
     def _differentiate(self, graphs: LayerGraphs, L: Tensor, layers: Sequence[int]) -> None:
         """Derivatives with respect to the parameters of some own layers, from the adjoint states behind them."""

@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 from torch.utils._pytree import tree_flatten
 
-from pint_fem.collective import raise_collectively
+from pint_fem.collective import mark_shared, raise_collectively
 from pint_fem.digests import digest
 from pint_fem.errors import FAILURES, InputError
 
@@ -105,7 +105,7 @@ class Agreement:
         try:
             reports = self._exchange(part, failure, same or {}, where or part, facts)
         except FAILURES as error:
-            failure = error
+            failure = mark_shared(self.comm, error)
         if shares and self.everyone.size > self.comm.size:
             raise_collectively(self.everyone, failure, where or part)
         if failure is not None:

@@ -135,6 +135,7 @@ class LayerParallelModule(DistributedParameters):
             if grid.is_first:
                 now.seed(0)
                 state, layout = self._to_state(0, self._open(now, x))
+                self._require_device(state)
         except FAILURES as error:
             failure = error
         facts = self._agree(
@@ -182,6 +183,15 @@ class LayerParallelModule(DistributedParameters):
             )
         if problem is not None or shares:
             raise_collectively(self.grid.comm if shares else self.grid.layer_comm, problem)
+
+    def _require_device(self, state: Tensor) -> None:
+        """Refuse a first state that is on another device than the layers."""
+        device = next((p.device for stage in self.stages for p in stage.parameters()), state.device)
+        if state.device != device:
+            raise InputError(
+                f"the opening layer gives values on {state.device}, and the layers are on {device}: move the batch and "
+                "the network to one device, such as x.to(device) and net.to(device)"
+            )
 
     def _between(self, now: Pass, number: int, end: Tensor, layout: Any, device: torch.device) -> tuple[Tensor, Any]:
         """The first state of a stage, from the last one of the stage before it."""
@@ -241,7 +251,7 @@ class LayerParallelModule(DistributedParameters):
         buffers = [b for b in self.buffers() if b.is_floating_point() or b.is_complex()]
         with torch.no_grad():
             for b, mean in zip(buffers, stack_means(self.grid, buffers), strict=True):
-                b.copy_(mean)
+                b.data.copy_(mean)  # of normalisation the backward pass has saved them, and uses others in training
 
     # -- invalidation --------------------------------------------------------------------------------------------------
     def invalidate(self) -> None:

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from pint_fem.errors import InputError
+from pint_fem.collective import end_run_if_uncaught, mark_shared
+from pint_fem.errors import FAILURES, InputError
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.parallel.agreement import Agreement, CollectiveBackward
 from pint_fem.resnet.parallel.random_numbers import devices_of, mixed_seed, own_random_numbers, seed_generators
 from pint_fem.resnet.training.optimisers import mark_distributed
 
-__all__ = ["DistributedParameters", "Elsewhere", "require_own_parameters"]
+__all__ = ["DistributedParameters", "Elsewhere", "require_unshared"]
 
 Tensor = torch.Tensor
+
+
+def require_unshared(parts: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse parts of a network that share parameters: they are copied, to ranks of their own, and so would differ.
+
+    Raises
+    ------
+    InputError
+        Naming two of them.
+    """
+    seen: dict[int, str] = {}
+    for name, module in parts:
+        for parameter, p in module.named_parameters():
+            other = seen.setdefault(id(p), name)
+            if other != name:
+                raise InputError(
+                    f"{other} and {name} share the parameter {parameter}: each part of the network is trained by "
+                    "itself; give modules of their own, such as copy.deepcopy of one"
+                )
 
 
 class Elsewhere(nn.Module):
@@ -32,25 +53,6 @@ class Elsewhere(nn.Module):
             Always.
         """
         raise InputError("this module is on another rank: call the whole network, on all ranks")
-
-
-def require_own_parameters(parts: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse parts of a network with a parameter in common: each is copied to its rank and trained there.
-
-    Raises
-    ------
-    InputError
-        Naming two such parts.
-    """
-    owner: dict[int, str] = {}
-    for part, module in parts:
-        for name, p in module.named_parameters():
-            if owner.setdefault(id(p), part) != part:
-                raise InputError(
-                    f"parameter {name} of {part} is also one of {owner[id(p)]}: parts of a layer-parallel network are "
-                    "trained on different ranks and share no parameters; give each its own, for instance a "
-                    "copy.deepcopy of the module"
-                )
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -87,6 +89,7 @@ class DistributedParameters(nn.Module):
         """Make what communicates on the grid."""
         self._agree = Agreement(self.grid.layer_comm, self.grid.comm)
         self.collective = CollectiveBackward(self._agree)
+        end_run_if_uncaught(self.grid.comm)
 
     def _set_ends(self, opening: nn.Module, closing: nn.Module, transitions: Sequence[nn.Module] = ()) -> None:
         """Keep the modules that this rank has."""
@@ -115,16 +118,25 @@ class DistributedParameters(nn.Module):
     def parameter_count(self, *, trainable: bool = False) -> int:
         """Number of parameters of the whole network (collective); ``trainable``: of those with gradients alone."""
         own = sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
-        return self.grid.layer_comm.allreduce(own)
+        return sum(facts["own"] for facts in self._agree("count of parameters", own=own))
 
     def gradient_norm(self, norm_type: float = 2.0) -> Tensor:
         """Norm of the gradients of all parameters of the network, the same on all ranks (collective)."""
-        own = [p.grad for p in self.parameters() if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(_wide(g), norm_type) for g in own]) if own else torch.zeros(0)
-        on_ranks = self.grid.layer_comm.allgather(
-            torch.linalg.vector_norm(norms.double(), norm_type).item() if own else 0.0
-        )
-        return torch.linalg.vector_norm(torch.tensor(on_ranks, dtype=torch.float64), norm_type)
+        return self._norm("norm of the gradients", norm_type)
+
+    def _norm(self, part: str, norm_type: float, **same: Any) -> Tensor:
+        """Norm of the gradients, in the first message of a collective part."""
+        failure, own = None, 0.0
+        try:
+            norms = [
+                torch.linalg.vector_norm(_wide(p.grad), norm_type) for p in self.parameters() if p.grad is not None
+            ]
+            own = torch.linalg.vector_norm(torch.stack(norms), norm_type).item() if norms else 0.0
+        except FAILURES as error:
+            failure = error
+        reports = self._agree(part, failure, same={"norm_type": norm_type, **same}, own=own)
+        on_ranks = torch.tensor([facts["own"] for facts in reports], dtype=torch.float64)
+        return torch.linalg.vector_norm(on_ranks, norm_type)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False) -> Tensor:
         """``torch.nn.utils.clip_grad_norm_`` with the norm over the parameters of all ranks (collective).
@@ -144,10 +156,12 @@ class DistributedParameters(nn.Module):
         RuntimeError
             On every rank, if the norm is not finite and ``error_if_nonfinite`` is set.
         """
-        self._agree("clipping of gradients", same={"max_norm": float(max_norm), "norm_type": float(norm_type)})
-        total = self.gradient_norm(norm_type)
+        total = self._norm("clipping of gradients", float(norm_type), max_norm=float(max_norm))
         if error_if_nonfinite and not torch.isfinite(total):
-            raise RuntimeError(f"the norm of order {norm_type} of the gradients is {total.item()}: nothing was clipped")
+            raise mark_shared(
+                self.grid.layer_comm,
+                RuntimeError(f"the norm of order {norm_type} of the gradients is {total.item()}: nothing was clipped"),
+            )
         factor = min(1.0, float(max_norm) / (total.item() + 1e-6)) if not torch.isnan(total) else float("nan")
         if factor != 1.0:
             with torch.no_grad():
@@ -168,12 +182,27 @@ class DistributedParameters(nn.Module):
 
     def _own_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The part of a state of the whole network that belongs to this rank."""
-        elsewhere = tuple(f"{name}." for name, m in self.named_modules() if isinstance(m, Elsewhere))
-        return {name: t for name, t in state.items() if not name.startswith(elsewhere)}
+        others = tuple(f"{name}." for name, m in self.named_modules() if isinstance(m, Elsewhere))
+        return {name: t for name, t in state.items() if not name.startswith(others)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the state of this rank or, as :meth:`full_state_dict` and the serial copy have it, of all ranks."""
-        return super().load_state_dict(self._own_part(state_dict), strict=strict, assign=assign)
+        """Load the state of this rank or, as :meth:`full_state_dict` and the serial copy have it, of all ranks
+        (collective).
+
+        Raises
+        ------
+        RuntimeError
+            On every rank, where names or shapes do not fit on one.
+        """
+        failure = found = None
+        try:
+            own = OrderedDict(self._own_part(state_dict))
+            own._metadata = getattr(state_dict, "_metadata", {})  # type: ignore[attr-defined]  # versions of modules
+            found = super().load_state_dict(own, strict=strict, assign=assign)
+        except FAILURES as error:
+            failure = error
+        self._agree("loading of parameters", failure)
+        return found
 
     # -- copies --------------------------------------------------------------------------------------------------------
     def __getstate__(self) -> dict:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pint_fem.collective import all_ranks
+from pint_fem.collective import all_ranks, mark_shared
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.parallel.random_numbers import mixed_seed, seed_generators
@@ -89,10 +89,11 @@ class Pass:
             shares=self.shares, **{"number of the pass": self.number, "create_graph": torch.is_grad_enabled()}
         )
         if torch.is_grad_enabled():
-            raise InputError(
+            message = (
                 "create_graph=True: a layer-parallel network has first derivatives only; for Hessian actions give a "
                 "network of Dense or Convolution layers to TrainingProblem"
             )
+            raise mark_shared(self.grid.layer_comm, InputError(message))
 
     def agree_on_gradients(self) -> None:
         """Let the backward pass end with an agreement on whether all gradients of the network are finite; they are NaN

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pint_fem.all_at_once.arrays import Array, copied, is_tensor, kind_of, largest_of_rows
+from pint_fem.all_at_once.arrays import Array, copied, is_tensor, kind_of, sums_of_rows
 from pint_fem.all_at_once.grids import Bounds, split_steps
 from pint_fem.all_at_once.norms import euclidean
 from pint_fem.all_at_once.stopping import SolveResult
@@ -42,7 +42,7 @@ class _Norms:
         """
         if is_tensor(block):
             out, ends = block.new_zeros(len(block)), kind_of(block).row_index(self.ends)
-            out[ends] = largest_of_rows(block[ends])
+            out[ends] = sums_of_rows(block[ends])
             return out
         out = np.zeros(len(block))
         ends = block[self.ends]
@@ -92,6 +92,7 @@ class SweepSolvers:
         steps: Mapping[str, Callable[[int], Any]],
     ):
         self.nlayers, self.grid = nlayers, grid
+        self._has_tolerance = isinstance(options, MGRITOptions) or "rtol" in (options or {})
         if nlayers < grid.layer_size:
             raise InputError(f"{grid.layer_size} layer ranks for {nlayers} layers: use at most one rank per layer")
         try:
@@ -152,7 +153,8 @@ class SweepSolvers:
         rtol: float | None = None,
     ) -> SolveResult:
         """Solve for ``U`` by MGRIT cycles, from the C-points ``warm`` if they are given, or by sequential steps;
-        ``rtol`` replaces the tolerance of the options, of sweeps up to a tolerance.
+        ``rtol`` replaces the tolerance of the options, of sweeps up to a tolerance; that is 1e-12 for values of type
+        float64 and 1e-6 for others, unless it was given.
         """
         if warm is not None and warm.shape[1:] != U.shape[1:]:
             warm = None  # the batch had another size
@@ -160,6 +162,8 @@ class SweepSolvers:
             U[self._c_rows(name)] = warm
         if serial or len(self.strides) == 1:
             return self._serial_solvers[name].solve(U, G)
+        if rtol is None and not self._has_tolerance:
+            rtol = 1e-12 if str(U.dtype).endswith("float64") else 1e-6
         start, rtol = "skip" if warm is None else "guess", rtol if cycles is None else None
         return self.solvers[name].solve(U, G, start=start, cycles=cycles, rtol=rtol)
 

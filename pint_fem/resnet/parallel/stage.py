@@ -12,7 +12,7 @@ import torch
 from mpi4py import MPI
 
 from pint_fem.all_at_once.stopping import SolveResult
-from pint_fem.collective import collectively
+from pint_fem.collective import collectively, mark_shared
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive, Iterations
@@ -183,7 +183,8 @@ class Stage(ABC):
             first, gradients, extra, finite = None, [], [], False
         if not now.all_agree(finite):
             if now.nonfinite == "raise":
-                raise SolverFailure(f"derivatives with respect to the parameters of {self.name} are not finite")
+                failure = SolverFailure(f"derivatives with respect to the parameters of {self.name} are not finite")
+                raise mark_shared(self.grid.layer_comm, failure)
             nan = lambda p: torch.full_like(p, torch.nan) if p.requires_grad else None
             gradients = [nan(p) for p in self.parameters()]
             first = None if first is None else torch.full_like(first, torch.nan)

@@ -89,14 +89,19 @@ class StateLayout(NamedTuple):
         return tuple(p.reshape(s) for p, s in zip(parts, self.shapes, strict=True))
 
     def require(self, state: Any, what: str) -> None:
-        """Refuse a state with other shapes.
+        """Refuse a state with other shapes, or that is none.
 
         Raises
         ------
         InputError
             Naming ``what`` gave it.
         """
-        found = StateLayout.of(state, self.dtype)
+        if not self.is_tuple and torch.is_tensor(state) and state.shape == self.shapes[0] and state.is_floating_point():
+            return
+        try:
+            found = StateLayout.of(state, self.dtype)
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from None
         if found != self:
             kind = lambda layout: layout.shapes if layout.is_tuple else layout.shapes[0]
             raise InputError(

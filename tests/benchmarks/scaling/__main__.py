@@ -1,8 +1,9 @@
 """Predicted scaling of this project's problems: ``python -m tests.benchmarks.scaling report [--ranks 1024]``.
 
 report                 strong and weak scaling, XBraid's experiment, a Gantt chart: tables and plots
-plan NETWORK           the fastest options of a network's training step
+plan NETWORK           the fastest options of a network's training step, its speed-up by ranks, its crossover
 calibrate NETWORK      measure the costs of a network (mpiexec -n 2 for MPI's), serial torch and gradient errors
+serial NETWORK         measure serial torch alone, in its fastest form
 validate NETWORK       time training steps on all ranks beside the predictions (mpiexec -n 1, 2)
 validate-map PROBLEM   time whole inversions by the map on all ranks beside the predictions (mpiexec -n 1, 2)
 count PROBLEM          count whole inversions by real runs
@@ -69,7 +70,8 @@ def _case(name: str, layers: bool):
 
 
 def _plan(opts) -> None:
-    from tests.benchmarks.scaling.training import plan_training
+    from tests.benchmarks.scaling.tables import powers
+    from tests.benchmarks.scaling.training import crossover, plan_training, strong_training
 
     _case(opts.problem, True)
     if MPI.COMM_WORLD.rank:
@@ -86,8 +88,12 @@ def _plan(opts) -> None:
         its = f"{x.iterations[0]}+{x.iterations[1]}"
         numbers = f"{x.seconds:>11.4g}{x.speedup:>10.3g}{x.error:>9.1e}{x.efficiency:>6.0%}"
         print(f"{x.ranks:>6}  {describe(x.options):26}{its:>5}{numbers}")
+    curve = strong_training(record, powers(opts.ranks), network=opts.network)
+    print("predicted speed-up over serial torch: " + ", ".join(f"{x.ranks} ranks {x.speedup:.3g}" for x in curve.best))
+    pays = crossover(record, curve, network=opts.network)
+    print(f"predicted to pay from {pays.ranks} ranks on" if pays else f"predicted not to pay on {opts.ranks} ranks")
     for text in record.notes:
-        print(f"assumed: {text}")
+        print(f"measured: {text}")
 
 
 def _calibrate(opts) -> None:
@@ -106,12 +112,22 @@ def _calibrate(opts) -> None:
         print(f"written: {records.save(made)}")
 
 
-def _calibrate_blocks(opts, case, progress) -> None:
-    from tests.benchmarks.scaling.block_costs import calibrate_blocks, count_block_errors
+def _serial(opts) -> None:
+    from tests.benchmarks.scaling.network_costs import serial_seconds
 
-    made = calibrate_blocks(opts.problem, case, repeats=opts.repeats or 7, progress=progress)
-    progress("gradient errors")
-    print(f"written: {records.save(made.with_changes(gradient_errors=count_block_errors(case)))}")
+    case, record = _case(opts.problem, True), records.load(opts.problem)
+    if not hasattr(case, "training"):
+        raise InputError(f"{opts.problem}: calibrate measures its serial step; give resnet-1024 or resnet-4096")
+    print(f"written: {records.save(record.with_changes(baseline=serial_seconds(case)))}")
+
+
+def _calibrate_blocks(opts, case, progress) -> None:
+    from tests.benchmarks.scaling.block_costs import BLOCKS, calibrate_blocks, count_block_errors
+
+    cases = {name: other for name, other in BLOCKS.items() if other.kind == case.kind}
+    for made in calibrate_blocks(cases, repeats=opts.repeats or 7, progress=progress):
+        progress(f"gradient errors of {made.problem}")
+        print(f"written: {records.save(made.with_changes(gradient_errors=count_block_errors(cases[made.problem])))}")
 
 
 def _validate(opts) -> None:
@@ -170,7 +186,7 @@ def _pyadjoint(opts) -> None:
 
 COMMANDS = {
     "report": _report, "plan": _plan, "calibrate": _calibrate, "validate": _validate, "count": _count,
-    "pyadjoint": _pyadjoint, "validate-map": _validate_map,
+    "pyadjoint": _pyadjoint, "validate-map": _validate_map, "serial": _serial,
 }  # fmt: skip
 
 if __name__ == "__main__":

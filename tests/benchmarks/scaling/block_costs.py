@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from mpi4py import MPI
 from torch import nn
@@ -30,17 +29,18 @@ from pint_fem.scaling.calibrate import machine
 from pint_fem.scaling.costs import Kernel
 from problems.block_networks import block_problem
 from problems.layers import Training
-from problems.serial_networks import agreement, forms
+from problems.serial_networks import FORMS, agreement, forms
+from tests.benchmarks.scaling.layer_model import predict_training
 from tests.benchmarks.scaling.records import Record, load
 
 __all__ = ["BLOCKS", "BlocksCase", "calibrate_blocks", "conv_network", "count_block_errors", "least", "serial_forms"]
 
 NETWORK_OF = "resnet-1024"
 """Record whose measured network and slowdown by a second process are taken."""
-SIZES = (1, 2, 4, 8)
+SIZES = (1, 2, 4)
 FINAL_TIME = 4.0
 """``T`` of the network of convolutions, that of ``demos/resnet_mnist.py``."""
-MEASURED = 64
+MEASURED = {"conv": 64, "transformer": 16}
 """Layers of the serial training step that is timed; deeper ones take proportionally longer."""
 
 
@@ -99,27 +99,45 @@ def serial_forms(case: BlocksCase, nlayers: int, names: Sequence[str]) -> tuple[
 
 
 def _conv_kernels(case: BlocksCase, sizes: Sequence[int], repeats: int) -> dict[str, list[float]]:
-    """Seconds of calls of :class:`Convolution` for each number of layers."""
+    """Seconds of calls of :class:`Convolution` for each number of layers, each call at other places of as many states
+    as a network has: what is larger than the caches costs more.
+    """
     _, layer, *_ = conv_network(1, case.width, case.batch, case.size)
-    most = max(sizes)
-    theta = list(layer.initial(range(most), 0, torch.float32).values())
-    u = torch.randn(most, case.batch, case.width, case.size, case.size)
-    out, slopes, work, act = torch.empty_like(u), torch.rand_like(u), torch.empty_like(u), layer.activation
+    count = MEASURED[case.kind]
+    theta = list(layer.initial(range(count), 0, torch.float32).values())
+    u = torch.randn(count, case.batch, case.width, case.size, case.size)
+    out, slopes, work, act = (
+        torch.empty_like(u),
+        torch.rand_like(u),
+        torch.empty_like(u[: max(sizes)]),
+        layer.activation,
+    )
 
-    def step(n: int) -> None:
-        z = layer.linear([p[:n] for p in theta], u[:n], work[:n], act.in_scale)
-        torch.add(u[:n], act.output(z), alpha=0.1, out=out[:n])
+    def step(rows: slice, n: int) -> None:
+        z = layer.linear([p[rows] for p in theta], u[rows], work[:n], act.in_scale)
+        y = act.output(z)
+        act.write_slope(z, slopes[rows])
+        torch.add(u[rows], y, alpha=0.1, out=out[rows])
 
-    def adjoint(n: int) -> None:
-        t = torch.mul(slopes[:n], u[:n], out=work[:n])
-        layer.adjoint([p[:n] for p in theta], t, u[:n], 0.1, out[:n])
+    def adjoint(rows: slice, n: int) -> None:
+        t = torch.mul(slopes[rows], u[rows], out=work[:n])
+        layer.adjoint([p[rows] for p in theta], t, u[rows], 0.1, out[rows])
 
-    def pull(n: int) -> None:
-        layer.gradients(slopes[:n] * u[:n], u[:n])
+    def pull(rows: slice, n: int) -> None:
+        layer.gradients(slopes[rows] * u[rows], u[rows])
+
+    def seconds(call: Callable[[slice, int], None], n: int) -> float:
+        starts = range(0, count - n + 1, n)
+
+        def all_places() -> None:
+            for i in starts:
+                call(slice(i, i + n), n)
+
+        return least(all_places, repeats) / len(starts)
 
     with torch.no_grad():
         kinds = {"step": step, "adjoint": adjoint, "gradients": pull}
-        return {kind: [least(partial(do, n), repeats) for n in sizes] for kind, do in kinds.items()}
+        return {kind: [seconds(call, n) for n in sizes] for kind, call in kinds.items()}
 
 
 def _block_kernels(case: BlocksCase, sizes: Sequence[int], repeats: int) -> dict[str, list[float]]:
@@ -161,14 +179,14 @@ def _times_of_block(p, theta: dict, u: torch.Tensor, repeats: int) -> dict[str, 
 
 
 def calibrate_blocks(
-    name: str, case: BlocksCase, *, repeats: int = 7, progress: Callable[[str], None] = lambda text: None
-) -> Record:
-    """Measure a network; gradient errors are counted by :func:`count_block_errors`.
+    cases: Mapping[str, BlocksCase], *, repeats: int = 7, progress: Callable[[str], None] = lambda text: None
+) -> list[Record]:
+    """Measure networks that differ in depth only; gradient errors are counted by :func:`count_block_errors`.
 
     Parameters
     ----------
-    name, case
-        Of the record.
+    cases
+        By the names of the records.
     repeats
         Of each measurement.
     progress
@@ -176,37 +194,65 @@ def calibrate_blocks(
 
     Returns
     -------
-    Record
+    list of Record
         Kernels by the numbers of layers, seconds of the ends of the network, and the fastest serial training step.
     """
-    if case.kind not in ("conv", "transformer"):
-        raise InputError(f"kind {case.kind!r}: give 'conv' or 'transformer'")
+    case = next(iter(cases.values()))
+    if case.kind not in MEASURED:
+        raise InputError(f"kind {case.kind!r}: give one of {', '.join(MEASURED)}")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         progress("calls of layers")
         kernels = (_conv_kernels if case.kind == "conv" else _block_kernels)(case, SIZES, repeats)
-        progress(f"serial training steps with {min(case.nlayers, MEASURED)} layers")
-        serial = _serial(case, repeats=max(2, repeats // 2))
+        progress(f"serial training steps with {MEASURED[case.kind]} layers")
+        around, layer = _serial(case, max(2, repeats // 2))
+        made = _record(case, kernels, around, layer, repeats)
+        progress("a layer-parallel training step on one process")
+        made = _with_rest(made, case, max(2, repeats // 2))
     finally:
         torch.set_num_threads(before)
+    step = min(layer.values())
+    return [
+        made.with_changes(
+            problem=name,
+            nsteps=c.nlayers,
+            baseline={"step": around + c.nlayers * step, "threads": 1, "form": min(layer, key=layer.get)},
+        )
+        for name, c in cases.items()
+    ]
+
+
+def _consistent(seconds: Sequence[float]) -> tuple[float, ...]:
+    """Least seconds of calls of :data:`SIZES` layers: a call takes no longer than two of half as many layers, which can
+    be made instead, and no longer than one of more layers.
+    """
+    out = [float(s) for s in seconds]
+    for i in range(1, len(out)):
+        out[i] = min(out[i], 2 * out[i - 1])
+    for i in reversed(range(len(out) - 1)):
+        out[i] = min(out[i], out[i + 1])
+    return tuple(out)
+
+
+def _record(case: BlocksCase, kernels: Mapping, around: float, layer: Mapping[str, float], repeats: int) -> Record:
+    """What was measured, without names and serial steps of the networks."""
     networks, (x, _) = serial_forms(case, 1, ["stacked"])
     with torch.no_grad():
         values = networks["stacked"].opening(x).numel()
     parameters = sum(p[0].numel() for p in networks["stacked"].theta)
     other = load(NETWORK_OF)
-    kernel = lambda taken: [Kernel(SIZES, tuple(float(s) for s in np.maximum.accumulate(taken)))]
+    kernel = lambda taken: [Kernel(SIZES, _consistent(taken))]
     return Record(
-        name, machine(), values // 2, case.nlayers,  # of 4 bytes, where the model counts in numbers of 8
+        "", machine(), values // 2, case.nlayers,  # of 4 bytes, where the model counts in numbers of 8
         {1: {kind: kernel(taken) for kind, taken in kernels.items()}},
-        control_bytes=4.0 * parameters, kind="layers", extras={"around": serial.pop("around")},
+        control_bytes=4.0 * parameters, kind="layers", extras={"around": around},
         network=other.network, slowdown=other.slowdown,
-        baseline={"step": serial[min(serial, key=serial.get)], "threads": 1},
         notes=[
             f"{time.strftime('%Y-%m-%d')}, float32, one thread: least processor time of {repeats} calls of 1 to "
             f"{max(SIZES)} layers",
-            f"serial step measured with {min(case.nlayers, MEASURED)} layers, the layers' part in proportion: "
-            + ", ".join(f"{form} {s:.4g} s" for form, s in serial.items()),
+            f"serial step measured with {MEASURED[case.kind]} layers and taken in proportion to the layers, the "
+            f"fastest of (ms a layer) " + ", ".join(f"{form} {1e3 * s:.4g}" for form, s in layer.items()),
             f"network and slowdown by a second process: as measured for {NETWORK_OF}",
         ],
     )  # fmt: skip
@@ -218,51 +264,71 @@ def count_block_errors(case: BlocksCase, iterations: tuple[int, int] = (2, 1)) -
     They do not depend on the number of ranks; the network has the case's depth and the sizes ``case.few``.
     """
     few = replace(case, **case.few)
-    grid = Grid(comm=MPI.COMM_SELF)
-    if case.kind == "conv":
-        opening, layer, closing, x, y = conv_network(few.nlayers, few.width, few.batch, few.size, torch.float64)
-        how = dict(final_time=FINAL_TIME, dtype=torch.float64)
-        exact = SerialResNet(opening, layer, few.nlayers, closing, **how)
-        make = lambda **given: LayerParallelResNet(opening, layer, few.nlayers, closing, grid=grid, **how, **given)
-        pull = lambda net: [p.grad for p in net.theta.values()]
-    else:
-        p = block_problem(case.kind, few.nlayers, few.width, batch=few.batch, size=few.size, dtype=torch.float64)
-        exact, (x, y) = p.serial(), (p.x, p.y)
-        ends = dict(opening=p.opening, closing=p.closing, h=p.h)
-        make = lambda **given: LayerParallel(p.blocks, grid=grid, **ends, **given)
-        pull = lambda net: [q.grad for layer in net.layers for q in layer.parameters()]
-    Training(exact, x, y).gradients()
-    wanted, out = pull(exact), []
+    exact, make = _networks(few, torch.float64)
+    exact.gradients()
+    wanted, out = _layer_gradients(exact.net), []
     for options in case.menu:
-        cycles = dict(zip(("forward_iterations", "backward_iterations"), iterations, strict=True))
-        net = make(mgrit=options, **cycles)
-        Training(net, x, y).gradients()
-        error = agreement(pull(net), wanted)
+        ours = make(options, iterations)
+        ours.gradients()
+        error = agreement(_layer_gradients(ours.net), wanted)
         out.append({"options": dict(options), "iterations": list(iterations), "error": error})
     return out
 
 
-def _serial(case: BlocksCase, repeats: int) -> dict[str, float]:
-    """Seconds of a serial training step by form, and of what is ``"around"`` the layers."""
-    n = min(case.nlayers, MEASURED)
-    networks, (x, y) = serial_forms(case, n, ["eager", "stacked", "compiled"])
-    ends, _ = serial_forms(case, 1, ["stacked"])
-    around, two = ends["stacked"], serial_forms(case, 2, ["stacked"])[0]["stacked"]
-    one = least(Training(around, x, y).step, repeats)
-    out = {"around": max(0.0, 2 * one - least(Training(two, x, y).step, repeats))}
-    for form, network in networks.items():
-        whole = least(Training(network, x, y).step, repeats)
-        out[form] = out["around"] + (whole - out["around"]) * case.nlayers / n
-    return out
+def _layer_gradients(net: nn.Module) -> list[torch.Tensor]:
+    """Gradients of the layers' parameters."""
+    return [p.grad for part in (net.theta if hasattr(net, "theta") else net.layers,) for p in part.parameters()]
+
+
+def _networks(case: BlocksCase, dtype: torch.dtype) -> tuple[Training, Callable[[Mapping, tuple], Training]]:
+    """The serial training, and one on this process by options of MGRIT and iterations."""
+    given = lambda options, its: dict(
+        grid=Grid(comm=MPI.COMM_SELF), mgrit=options, forward_iterations=its[0], backward_iterations=its[1]
+    )
+    if case.kind == "conv":
+        opening, layer, closing, x, y = conv_network(case.nlayers, case.width, case.batch, case.size, dtype)
+        parts, how = (opening, layer, case.nlayers, closing), dict(final_time=FINAL_TIME, dtype=dtype)
+        make = lambda options, its: Training(LayerParallelResNet(*parts, **how, **given(options, its)), x, y)
+        return Training(SerialResNet(*parts, **how), x, y), make
+    p = block_problem(case.kind, case.nlayers, case.width, batch=case.batch, size=case.size, dtype=dtype)
+    ends = dict(opening=p.opening, closing=p.closing, h=p.h)
+    make = lambda options, its: Training(LayerParallel(p.blocks, **ends, **given(options, its)), p.x, p.y)
+    return Training(p.serial(), p.x, p.y), make
+
+
+def _with_rest(made: Record, case: BlocksCase, repeats: int) -> Record:
+    """What a real training step on one process takes beside its kernels and ends, per layer stepped."""
+    n, options, its = MEASURED[case.kind], {"levels": 2, "coarsening": [4], "relax": "F"}, (2, 1)
+    _, make = _networks(replace(case, nlayers=n), torch.float32)
+    real, said = least(make(options, its).step, repeats), predict_training(made, options, 1, iterations=its, nlayers=n)
+    stepped = sum(number for (kind, _), number in said.counts.items() if kind in ("step", "adjoint"))
+    each = max(0.0, (real - said.seconds) / stepped)
+    note = (
+        f"beside kernels: {1e3 * each:.3g} ms per layer stepped, from a real step of {n} layers on one process, m = 4, "
+        f"2 + 1 iterations: {real:.4g} s, {said.seconds:.4g} s by kernels alone"
+    )
+    return made.with_changes(overhead={"state": each, "adjoint": each}, notes=[*made.notes, note])
+
+
+def _serial(case: BlocksCase, repeats: int) -> tuple[float, dict[str, float]]:
+    """Seconds of what is around the layers of a serial training step, and of one layer by form."""
+
+    def step(network: nn.Module) -> float:
+        return least(Training(network, *data).step, repeats)
+
+    (ends, data), (two, _) = (serial_forms(case, n, ["stacked"]) for n in (1, 2))
+    around, n = max(0.0, 2 * step(ends["stacked"]) - step(two["stacked"])), MEASURED[case.kind]
+    networks, _ = serial_forms(case, n, FORMS)
+    return around, {form: (step(network) - around) / n for form, network in networks.items()}
 
 
 def _menu(*coarsenings: tuple[int, ...]) -> tuple[dict, ...]:
     return tuple({"levels": len(c) + 1, "coarsening": list(c), "relax": "F"} for c in coarsenings)
 
 
-_SHALLOW = _menu((2,), (4,), (8,), (16,), (4, 4), (4, 2))
-_MIDDLE = _menu((4,), (8,), (16,), (32,), (4, 4), (8, 4), (4, 4, 4))
-_DEEP = _menu((8,), (16,), (32,), (64,), (8, 8), (16, 8), (8, 4, 4), (4, 4, 4, 4))
+_SHALLOW = _menu((2,), (4,), (8,), (4, 2))
+_MIDDLE = _menu((4,), (8,), (16,), (4, 4))
+_DEEP = _menu((8,), (16,), (32,), (64,), (8, 8))
 _IMAGES = dict(kind="conv", width=8, batch=100, size=14, few={"batch": 4})
 _TEXT = dict(kind="transformer", width=128, batch=32, size=128, few={"batch": 2, "width": 32, "size": 16})
 BLOCKS = {

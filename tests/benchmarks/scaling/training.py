@@ -11,7 +11,7 @@ from tests.benchmarks.scaling.layer_model import predict_training
 from tests.benchmarks.scaling.records import Record
 from tests.benchmarks.scaling.tables import powers
 
-__all__ = ["Candidate", "TrainingCurve", "plan_training", "strong_training"]
+__all__ = ["Candidate", "TrainingCurve", "crossover", "plan_training", "strong_training"]
 
 MANY = 1024
 """Ranks beyond which a configuration takes up to a minute."""
@@ -96,3 +96,18 @@ def strong_training(
         if 2 * p > MANY:
             entries = [entry for _, entry in found[:2]]
     return TrainingCurve(best)
+
+
+def crossover(c: Record, curve: TrainingCurve, *, network: Network | None = None) -> Candidate | None:
+    """The configuration on the fewest ranks that is faster than serial torch, of all numbers of ranks between the last
+    one of a curve that is not and the first one that is; ``None`` where none is.
+    """
+    first = curve.first(1.0)
+    if first is None:
+        return None
+    slower = max((x.ranks for x in curve.best if x.ranks < first.ranks), default=first.ranks - 1)
+    for p in range(slower + 1, first.ranks):
+        found = min((_candidate(c, entry, p, network) for entry in c.gradient_errors), key=lambda x: x.seconds)
+        if found.speedup >= 1:
+            return found
+    return first
