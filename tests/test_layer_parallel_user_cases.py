@@ -304,6 +304,13 @@ def test_states_with_unknown_names_are_refused():
 
 @pytest.mark.parallel([1, 2, 3])
 @time_limit(60)
+def test_lazy_layers_are_refused():
+    with pytest.raises(InputError, match="without a shape"):
+        LayerParallel([nn.LazyLinear(4) for _ in range(6)])
+
+
+@pytest.mark.parallel([1, 2, 3])
+@time_limit(60)
 def test_layers_that_write_to_their_input():
     net, _ = both(lambda n: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)), mgrit={"levels": 1})
     with pytest.raises(Exception, match="writes to its input"):
