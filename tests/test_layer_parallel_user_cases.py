@@ -1,4 +1,4 @@
-"""What users do with modules of torch, in layer-parallel networks: as a plain loop does it, or refused."""
+"""What users do with torch modules, in layer-parallel networks: the results are those of a plain loop, or refused."""
 
 import copy
 import random

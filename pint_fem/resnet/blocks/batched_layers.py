@@ -71,7 +71,7 @@ def _comparable(value: Any, depth: int = 0) -> Any:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether a module has hooks other than torch's own (of normalised weights): they take values of one layer."""
+    """Whether a module has hooks other than torch's own, as of normalised weights: those take one layer's values."""
     hooks = (h for m in module.modules() for name in _HOOKS for h in getattr(m, name).values())
     return any(not type(h).__module__.startswith("torch.nn.utils.") for h in hooks)
 
