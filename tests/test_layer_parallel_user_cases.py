@@ -1,6 +1,7 @@
 """What users do with torch modules, in layer-parallel networks: the results are those of a plain loop, or refused."""
 
 import copy
+import random
 
 import pytest
 
@@ -178,13 +179,13 @@ def test_complex_parameters():
 class Averaging(nn.Module):
     """A layer with a running mean, written in place or replaced."""
 
-    def __init__(self, replaces):
+    def __init__(self, replaces, always=False):
         super().__init__()
-        self.linear, self.replaces = nn.Linear(4, 4), replaces
+        self.linear, self.replaces, self.always = nn.Linear(4, 4), replaces, always
         self.register_buffer("mean", torch.zeros(4))
 
     def forward(self, u):
-        if self.training:
+        if self.training or self.always:
             mean = 0.9 * self.mean + 0.1 * u.detach().mean(0)
             if self.replaces:
                 self.mean = mean
@@ -200,6 +201,33 @@ class Averaging(nn.Module):
 def test_running_means(how, replaces):
     net, plain = both(lambda n: Averaging(replaces), **VARIANTS[how])
     train_alike(net, plain)
+
+
+@pytest.mark.parallel([1, 2, 3])
+@time_limit(60)
+@pytest.mark.parametrize("how", VARIANTS)
+def test_means_of_layers_that_update_them_in_evaluation_mode(how):
+    net, plain = both(lambda n: Averaging(False, always=True), **VARIANTS[how])
+    train_alike(net.eval(), plain.eval())
+
+
+class Dropped(nn.Module):
+    """A layer that is left out with some probability, drawn by Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, u):
+        return torch.tanh(self.linear(u)) * (random.random() > 0.3)
+
+
+@pytest.mark.parallel([1, 2, 3])
+@time_limit(60)
+def test_random_numbers_of_python_are_warned_of():
+    net, _ = both(lambda n: Dropped(), forward_iterations=1, backward_iterations=1)
+    with pytest.warns(UserWarning, match="draw by torch"):
+        net(samples())
 
 
 class Heads(nn.Module):
@@ -270,12 +298,15 @@ def test_states_with_unknown_names_are_refused():
     state, other = net.full_state_dict(), torch.zeros(4, 4, dtype=torch.float64)
     net.load_state_dict(copy.copy(state))
     for name in ("layers.12.0.weight", "opening.scale", "layers.3.0.wieght"):
-        try:
+        with pytest.raises(RuntimeError):
             net.load_state_dict({**state, name: other})
-            refused = False
-        except RuntimeError:
-            refused = True
-        assert COMM.allreduce(refused, op=MPI.LOR), name  # by the rank that has the layer
+
+
+@pytest.mark.parallel([1, 2, 3])
+@time_limit(60)
+def test_lazy_layers_are_refused():
+    with pytest.raises(InputError, match="without a shape"):
+        LayerParallel([nn.LazyLinear(4) for _ in range(6)])
 
 
 @pytest.mark.parallel([1, 2, 3])

@@ -154,9 +154,12 @@ class LayerGraphs:
         self._note_changing(modules)
 
     def _note_changing(self, modules: Mapping[Number, nn.Module]) -> None:
-        """Find the layers with buffers that evaluations may change."""
+        """Find the layers with buffers that evaluations may change: without a backward sweep, in which evaluations of
+        layers in evaluation mode are repeated, only those of layers in training mode.
+        """
         for n, module in modules.items():
-            if next(module.buffers(), None) is not None and any(m.training for m in module.modules()):
+            changes = self.now.trains or any(m.training for m in module.modules())
+            if changes and next(module.buffers(), None) is not None:
                 self._changing.add(n)
 
     def adopt(self, modules: Mapping[Number, nn.Module]) -> None:
@@ -345,19 +348,6 @@ class LayerGraphs:
                 pick = lambda g, at=place: g if g is None or not graph.stacked else g[at]
                 self.parameter_gradients[n] = {name: pick(g) for name, g in zip(graph.theta, theta, strict=True)}
                 self.extra_gradients[n] = extra if n == next(iter(rows)) else [None] * len(extra)
-
-
-@contextmanager
-def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Leave out the hooks of parameters: autograd calls them with the gradients that the network returns."""
-    hooked = [(p, p._backward_hooks) for p in parameters if p.is_leaf and p._backward_hooks]
-    for p, _ in hooked:
-        p._backward_hooks = None
-    try:
-        yield
-    finally:
-        for p, hooks in hooked:
-            p._backward_hooks = hooks
 
 
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):

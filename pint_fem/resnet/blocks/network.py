@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from pint_fem.collective import collectively, require_same
 from pint_fem.digests import digest
@@ -285,4 +286,11 @@ def _stages(blocks: Any) -> list[Sequence[nn.Module]]:
 def _own_layers(stage: BlockStage, layers: Sequence[nn.Module]) -> dict[int, nn.Module]:
     """The own layers of a stage, copied unless they are made."""
     own = range(stage.sweeps.lo, stage.sweeps.hi)
-    return {n: layers[n] if isinstance(layers, Repeat) else copy.deepcopy(layers[n]) for n in own}
+    made = {n: layers[n] if isinstance(layers, Repeat) else copy.deepcopy(layers[n]) for n in own}
+    for n, module in made.items():
+        if any(is_lazy(t) for t in (*module.parameters(), *module.buffers())):
+            raise InputError(
+                f"layer {stage.offset + n} ({type(module).__name__}) has parameters without a shape: give sizes, such "
+                "as Linear(8, 8), or call lazy modules with a state before"
+            )
+    return made

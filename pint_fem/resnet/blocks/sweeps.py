@@ -3,6 +3,7 @@ r"""Forward and backward propagation through layers of any kind, each one MGRIT 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from pint_fem.resnet.blocks.mean_layers import MeanKey, MeanLayers
 from pint_fem.resnet.blocks.own_layers import LayerCopies
 from pint_fem.resnet.blocks.propagators import BlockAdjoint, BlockForward
 from pint_fem.resnet.grid import Grid
-from pint_fem.resnet.parallel.random_numbers import own_random_numbers
+from pint_fem.resnet.parallel.random_numbers import own_random_numbers, watched_generators
 from pint_fem.resnet.parallel.solvers import SweepSolvers, layers_of_others
 from pint_fem.resnet.row_exchange import RowExchange
 
@@ -131,9 +132,10 @@ class BlockSweeps(SweepSolvers):
         if first is not None:
             U[0] = first
         try:
-            result = self._solve(
-                "forward", _array(U), cycles=cycles, serial=serial, warm=warm, rtol=self._tolerance(trajectory)
-            )
+            with watched_generators() if iterates else nullcontext():
+                result = self._solve(
+                    "forward", _array(U), cycles=cycles, serial=serial, warm=warm, rtol=self._tolerance(trajectory)
+                )
             collectively(comm, "layers at the final states", partial(graphs.finish, U, trains=trains))
             if trains and iterates and self.batching.is_open(key):
                 self.batching.measure(key, graphs, modules, U, max(self.strides[1], 1), comm)

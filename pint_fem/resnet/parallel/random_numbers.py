@@ -8,12 +8,15 @@ data for instance, advance alike on all ranks: not at all.
 
 from __future__ import annotations
 
+import random
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
-__all__ = ["devices_of", "mixed_seed", "own_random_numbers", "seed_generators"]
+__all__ = ["devices_of", "mixed_seed", "own_random_numbers", "seed_generators", "watched_generators"]
 
 _MIX = 0x9E3779B97F4A7C15  # of splitmix64
 _WORD = (1 << 64) - 1
@@ -42,6 +45,24 @@ def own_random_numbers(devices: Iterable[torch.device] = ()) -> Iterator[None]:
     """Leave torch's generators, of the processor and of some accelerators, as they were before."""
     with torch.random.fork_rng(devices=list(devices)):
         yield
+
+
+@contextmanager
+def watched_generators() -> Iterator[None]:
+    """Warn where the generators of Python or numpy advance, which are not seeded for each evaluation."""
+
+    def states() -> tuple:
+        _, words, position, *_ = np.random.get_state()  # noqa: NPY002 (the generator that layers may draw from)
+        return random.getstate(), bytes(words), position
+
+    before = states()
+    yield
+    if states() != before:
+        warnings.warn(
+            "layers draw from the generator of Python or numpy, whose numbers differ between the evaluations of a "
+            "layer in one pass, so that gradients are wrong: draw by torch, such as torch.rand(()).item()",
+            stacklevel=2,
+        )
 
 
 def seed_generators(seed: int, devices: Iterable[torch.device] = ()) -> None:
