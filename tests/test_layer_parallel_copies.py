@@ -17,6 +17,7 @@ from pint_fem.errors import InputError
 from pint_fem.resnet import Dense, Grid, LayerParallel, LayerParallelResNet
 from tests.layer_parallel_networks import COMM, DEPTH, KINDS, PlainLayers, make, own_part, require_same_state, take_step
 from tests.limits import time_limit
+from tests.ranks import cases
 from tests.test_resnet import one_thread  # noqa: F401
 
 RANKS = pytest.mark.parallel([1, 2, 3])
@@ -84,7 +85,7 @@ def test_averaged_models(kind):
 
 @RANKS
 @time_limit(60)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases(KINDS, on_ranks=["dense", "attention", "stages"]))
 def test_states_of_the_whole_network(kind):
     """The gathered state loads into the plain network; what that has become loads into the network."""
     task = make(kind)
@@ -113,7 +114,7 @@ def test_states_of_the_whole_network(kind):
             net.load_state_dict(deeper)
 
 
-@RANKS
+@pytest.mark.parallel([1, 2])
 @time_limit(60)
 def test_compiled_models_that_contain_a_network():
     """``torch.compile`` of what is around it; of the network itself it is the network."""
@@ -162,7 +163,7 @@ def test_initialisation_by_apply(kind):
 
 @RANKS
 @time_limit(60)
-@pytest.mark.parametrize("kind", ["dense", "groupnorm", "stages"])
+@pytest.mark.parametrize("kind", cases(["dense", "groupnorm", "stages"], on_ranks=["dense", "stages"]))
 def test_other_types_of_values(kind):
     """A float32 network made float64, and back."""
     task = make(kind, dtype=torch.float32)
@@ -188,7 +189,7 @@ def test_other_types_of_values(kind):
 
 @RANKS
 @time_limit(60)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases(KINDS, on_ranks=["dense", "attention", "stages"]))
 def test_names_and_hooks(kind):
     """Ranks have parts of the plain network's parameters, in its order; hooks of modules and parameters are called."""
     task = make(kind)

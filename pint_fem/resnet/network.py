@@ -46,14 +46,18 @@ class StackedLayers(Stage):
         As for :class:`~pint_fem.resnet.parallel.stage.Stage`.
     """
 
-    def __init__(self, layer: Layer, nlayers: int, h: float, grid: Grid, options: Any, **iterations: Any):
+    def __init__(
+        self, layer: Layer, nlayers: int, h: float, grid: Grid, options: Any, coarse_layers: str, **iterations: Any
+    ):
         super().__init__(grid, **iterations)
-        self.layer, self.nlayers, self.h, self.options = layer, nlayers, h, options
+        self.layer, self.nlayers, self.h, self.options, self.coarse_layers = layer, nlayers, h, options, coarse_layers
         self.theta: Any = {}
 
     def make_sweeps(self) -> LayerSweeps:
         """The solvers of the sweeps of these layers, without communication."""
-        return LayerSweeps(self.layer, self.nlayers, self.h, self.grid, options=self.options)
+        return LayerSweeps(
+            self.layer, self.nlayers, self.h, self.grid, options=self.options, coarse_layers=self.coarse_layers
+        )
 
     def parameters(self) -> list[torch.Tensor]:
         """Stacked parameters of the own layers, in the order of ``layer.shapes``."""
@@ -124,6 +128,9 @@ class LayerParallelResNet(LayerParallelModule):
     nonfinite
         ``"raise"``: derivatives that are not finite raise ``SolverFailure`` on all ranks. ``"gradient"``: all gradients
         are NaN on all ranks where any is not finite on one, as gradient scalers of torch expect.
+    coarse_layers
+        ``"mean"``: a layer of a coarse level has the mean parameters of the layers of its interval. ``"first"``: it is
+        the first of them, as in arXiv:1812.04352; much less accurate where parameters differ from layer to layer.
 
     Attributes
     ----------
@@ -161,6 +168,7 @@ class LayerParallelResNet(LayerParallelModule):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         nonfinite: str = "raise",
+        coarse_layers: str = "mean",
     ):
         super().__init__(grid, seed=seed, nonfinite=nonfinite)
         grid = self.grid
@@ -178,7 +186,10 @@ class LayerParallelResNet(LayerParallelModule):
             seed=seed,
             dtype=str(dtype),
             nonfinite=nonfinite,
+            coarse_layers=coarse_layers,
         )
+        if coarse_layers not in ("mean", "first"):
+            raise InputError(f"coarse_layers {coarse_layers!r}: give 'mean' or 'first'")
         if not isinstance(nlayers, int) or nlayers < 1:
             raise InputError(f"nlayers = {nlayers!r}: give a positive whole number")
         if not final_time > 0:
@@ -197,7 +208,7 @@ class LayerParallelResNet(LayerParallelModule):
         if not isinstance(mgrit, MGRITOptions):
             mgrit = {"on_divergence": "serial", **(mgrit or {})}
         self._stage = StackedLayers(
-            layer, nlayers, self.h, grid, mgrit, forward_iterations=forward_iterations,
+            layer, nlayers, self.h, grid, mgrit, coarse_layers, forward_iterations=forward_iterations,
             backward_iterations=backward_iterations, adaptive=adaptive, evaluation=evaluation,
         )  # fmt: skip
         self.lo, self.hi = self.sweeps.lo, self.sweeps.hi

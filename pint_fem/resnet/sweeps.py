@@ -27,6 +27,7 @@ from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.resnet.activation_kinds import Activation
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.layers import Layer
+from pint_fem.resnet.parallel.interval_means import coarse_means
 from pint_fem.resnet.parallel.solvers import SweepSolvers, layers_of_others
 from pint_fem.resnet.propagators import AdjointStep, ForwardStep, TangentStep
 from pint_fem.resnet.row_exchange import RowExchange
@@ -78,6 +79,9 @@ class LayerSweeps(SweepSolvers):
         The process grid.
     options
         MGRIT options: ``levels``, ``coarsening`` (factors), ``relax``, ``cycle``, ``rtol``, ``max_it`` ...
+    coarse_layers
+        ``"mean"``: a layer of a coarse level has the mean parameters, and in linear sweeps the mean slopes, of the
+        layers of its interval; ``"first"``: it is the first of them.
 
     Attributes
     ----------
@@ -107,6 +111,7 @@ class LayerSweeps(SweepSolvers):
         grid: Grid,
         *,
         options: MGRITOptions | Mapping | None = None,
+        coarse_layers: str = "mean",
     ):
         self.layer, self.h = layer, h
         kinds = {name: partial(self._step, kind) for name, kind in self.steps.items()}
@@ -118,6 +123,7 @@ class LayerSweeps(SweepSolvers):
         levels = zip(self.solvers["forward"].levels, self.strides, strict=True)
         needed = [layers_of_others(level.bounds, self.bounds, stride) for level, stride in levels]
         self.exchanges = [None if rows is None else RowExchange(grid.layer_comm, self.bounds, rows) for rows in needed]
+        self.means = coarse_means(self, grid) if coarse_layers == "mean" else None
         self._pool: list[Trajectory] = []
         self._L: np.ndarray | None = None
 
@@ -140,6 +146,13 @@ class LayerSweeps(SweepSolvers):
     def _bind_forward(self, name: str, theta: Sequence[torch.Tensor], slopes: torch.Tensor | None = None) -> None:
         """Set the parameters, and slopes if they are given, of all levels of the forward or tangent sweep."""
         for index, level in enumerate(self.solvers[name].levels):
+            if index and self.means is not None:
+                given = theta if slopes is None else [*theta, slopes]
+                means = self.means["forward"][index - 1](given)
+                level.propagator.theta = means[: len(theta)]
+                if slopes is not None:
+                    level.propagator.slopes = means[-1]
+                continue
             level.propagator.theta = self._level_rows(index, theta)
             if slopes is not None:
                 (level.propagator.slopes,) = self._level_rows(index, [slopes])
@@ -149,6 +162,10 @@ class LayerSweeps(SweepSolvers):
         for stride, level in zip(self.strides, self.solvers["backward"].levels, strict=True):
             if level.index == 0:
                 level.propagator.theta, level.propagator.slopes = theta, slopes
+                continue
+            if self.means is not None:
+                *means, level.propagator.slopes = self.means["backward"][level.index - 1]([*theta, slopes])
+                level.propagator.theta = means
                 continue
             # the reversed step ``i`` of the level is that of layer ``N - (i + 1) stride``
             last = self.nlayers - (level.lo + 1) * stride - self.lo

@@ -7,9 +7,11 @@ So both are timed at the states of a pass, compared with each other, and the fas
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
+from enum import Enum
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -19,17 +21,59 @@ from torch import nn
 
 from pint_fem.errors import InputError
 from pint_fem.resnet.blocks.graphs import Graph, LayerGraphs, naming_writes, require_unwritten
+from pint_fem.resnet.parallel.agreement import batch_digest
 
 __all__ = ["BatchedLayers", "BatchingChoice"]
 
 Tensor = torch.Tensor
 
 
+_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_PLAIN = (int, float, complex, str, bytes, type(None), Enum, type, torch.dtype, torch.device, BuiltinFunctionType)
+
+
 def _structure(module: nn.Module) -> tuple:
-    """What has to be the same in layers of one batched call: description, names, shapes, types and modes."""
-    described = re.sub(r" at 0x[0-9a-f]+", "", repr(module))
-    tensors = [(name, tuple(t.shape), t.dtype, t.device) for name, t in module.state_dict(keep_vars=True).items()]
-    return described, tuple(map(str, tensors)), tuple(m.training for m in module.modules())
+    """What has to be the same in layers of one batched call: types of the modules, their modes and other attributes,
+    such as a rate or a shift, and names, shapes and types of tensors.
+    """
+    parts = tuple((name, type(m).__qualname__, _attributes(m)) for name, m in module.named_modules())
+    tensors = [(name, t.shape, t.dtype, t.device) for name, t in module.state_dict(keep_vars=True).items()]
+    return parts, tuple(tensors)
+
+
+def _attributes(module: nn.Module) -> tuple:
+    """Attributes of a module that are no parameters, buffers or modules, and its mode."""
+    return tuple((name, _comparable(value)) for name, value in vars(module).items() if name not in _MODULE)
+
+
+def _comparable(value: Any, depth: int = 0) -> Any:
+    """An attribute of a module as what is equal for copies of it: a function by its code and what it encloses, tensors
+    and arrays by their values, other objects by their type and attributes.
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, nn.Parameter) or isinstance(value, nn.Module) or depth > 6:
+        return type(value)  # those of the module itself, such as the flat weights of recurrent ones
+    if torch.is_tensor(value) or isinstance(value, np.ndarray):
+        return batch_digest(value.detach() if torch.is_tensor(value) else value)
+    if isinstance(value, Mapping):
+        return "mapping", tuple((str(k), _comparable(v, depth + 1)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return "sequence", tuple(_comparable(v, depth + 1) for v in value)
+    if isinstance(value, FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or ()]
+        return value.__code__, _comparable([value.__defaults__, value.__kwdefaults__, cells], depth + 1)
+    if isinstance(value, (MethodType, partial)):
+        parts = (value.func, value.args, value.keywords) if isinstance(value, partial) else (value.__func__,)
+        return _comparable(parts, depth + 1)
+    return type(value), _comparable(getattr(value, "__dict__", None), depth + 1)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks other than torch's own, as of normalised weights: those take one layer's values."""
+    hooks = (h for m in module.modules() for name in _HOOKS for h in getattr(m, name).values())
+    return any(not type(h).__module__.startswith("torch.nn.utils.") for h in hooks)
 
 
 class BatchedLayers:
@@ -43,12 +87,12 @@ class BatchedLayers:
     Attributes
     ----------
     structure : tuple
-        Of each of the layers: description, names and types of parameters, modes.
+        Of each of the layers: types, modes and attributes of modules, names and types of tensors.
 
     Raises
     ------
     InputError
-        Where the layers have different structures.
+        Where the layers have different structures, or hooks.
     """
 
     def __init__(self, modules: Mapping[int, nn.Module]):
@@ -56,11 +100,16 @@ class BatchedLayers:
         self._rows = {n: i for i, n in enumerate(self._modules)}
         first = next(iter(self._modules))
         self.structure = _structure(self._modules[first])
+        what = None
         for n, module in self._modules.items():
             if _structure(module) != self.structure:
+                what = f"layers {first} and {n} have different structures, modes or attributes"
+            elif _hooked(module):
+                what = f"layer {n} has hooks"
+            if what is not None:
                 raise InputError(
-                    f"layers {first} and {n} have different structures or modes, and batched=True takes layers of one: "
-                    "give batched=False, or stages with layers of one structure each"
+                    f"{what}, and a batched call takes layers that differ in parameters and buffers only: give "
+                    "batched=False, or stages with layers of one structure each"
                 )
         self._template = self._modules[first]
         self._theta: dict[str, Tensor] = {}
@@ -89,16 +138,19 @@ class BatchedLayers:
         return {name: t[where] for name, t in stacked.items()}
 
     def _values(self, graphs: LayerGraphs, u: Tensor, theta: dict, buffers: dict) -> Tensor:
-        """``f`` or ``b`` of some layers as one array."""
+        """``f`` or ``b`` of some layers as one array; ``buffers`` takes those that the evaluation has changed."""
         layout, extra, template = graphs.layout, graphs.now.extra, self._template
 
-        def one(parameters: dict, constants: dict, state: Tensor) -> Tensor:
-            y = torch.func.functional_call(template, (parameters, constants), (layout.unpack(state), *extra))
+        def one(parameters: dict, constants: dict, state: Tensor) -> tuple[Tensor, dict]:
+            tensors = {**parameters, **constants}
+            y = torch.func.functional_call(template, tensors, (layout.unpack(state), *extra))
             layout.require(y, "a layer")
-            return layout.pack(y)
+            return layout.pack(y), {name: tensors[name].detach() for name in constants}
 
         # a random number in a layer raises here: its seed is that of the layer, which a batched call does not have
-        return torch.vmap(one, randomness="error")(theta, buffers, u)
+        y, changed = torch.vmap(one, randomness="error")(theta, buffers, u)
+        buffers.update(changed)  # also those that the layers have replaced
+        return y
 
     def step(self, graphs: LayerGraphs, layers: Sequence[int], u: Tensor, stride: int, *, record: bool) -> Tensor:
         """The next states ``(len(layers), *state)`` of a level from those in ``u``."""
@@ -107,7 +159,7 @@ class BatchedLayers:
         else:
             if record:
                 for i, n in enumerate(layers):
-                    graphs.states[n] = u[i].data
+                    graphs.note_state(n, u[i])
             with torch.no_grad():
                 buffers = {name: b.clone() for name, b in self._select(self._buffers, layers).items()}
                 alias = u.data

@@ -20,12 +20,15 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from pint_fem.errors import InputError
+from pint_fem.resnet.blocks.mean_layers import MeanKey
 from pint_fem.resnet.parallel.passes import Pass
 from pint_fem.resnet.parallel.states import StateLayout
 
 __all__ = ["Graph", "LayerGraphs", "naming_writes", "require_unwritten"]
 
 Tensor = torch.Tensor
+Number = int | MeanKey
+"""Of a layer, or of the mean of some."""
 
 
 _WRITES = "writes to its input: give a module that does not, such as ReLU(inplace=False) where it comes first"
@@ -82,7 +85,7 @@ class Graph:
         Whether the arrays are stacked.
     """
 
-    def __init__(self, layers: Sequence[int], u: Tensor, y: Tensor, theta: Mapping[str, Tensor], stacked: bool):
+    def __init__(self, layers: Sequence[Number], u: Tensor, y: Tensor, theta: Mapping[str, Tensor], stacked: bool):
         self.layers, self.u, self.y, self.theta, self.stacked = list(layers), u, y, dict(theta), stacked
         self.place = {n: i for i, n in enumerate(self.layers)}
 
@@ -90,14 +93,16 @@ class Graph:
         """The vector-Jacobian products with ``v`` for the states, and for the parameters and extra inputs if
         ``gradients`` are wanted.
         """
-        wanted = [self.u, *(self.theta.values() if gradients else ()), *(extra if gradients else ())]
+        names = [name for name, p in self.theta.items() if p.requires_grad]  # others were frozen after the recording
+        theta = [self.theta[name] for name in names]
         if not self.y.requires_grad:
             return torch.zeros_like(self.u), [None] * len(self.theta), [None] * len(extra)
-        with _without_hooks(self.theta.values()):
+        wanted = [self.u, *(theta if gradients else ()), *(extra if gradients else ())]
+        with _without_hooks(theta if gradients else ()):
             found = torch.autograd.grad(self.y, wanted, v, retain_graph=True, allow_unused=True)
         first = torch.zeros_like(self.u) if found[0] is None else found[0]
-        count = len(self.theta)
-        return first, list(found[1 : 1 + count]), list(found[1 + count :])
+        of_theta = dict(zip(names, found[1:], strict=False)) if gradients else {}
+        return first, [of_theta.get(name) for name in self.theta], list(found[1 + len(names) :])
 
 
 class LayerGraphs:
@@ -122,6 +127,8 @@ class LayerGraphs:
     ----------
     graphs : dict
         Recorded graphs by the number of the layer.
+    parameters : dict
+        Parameters of the own layers by number, as they are in the pass.
     parameter_gradients, extra_gradients : dict
         Last derivatives by the number of the layer.
     graph_bytes : int
@@ -129,30 +136,40 @@ class LayerGraphs:
     """
 
     def __init__(
-        self, modules: Mapping[int, nn.Module], own: range, now: Pass, layout: StateLayout, *, residual: bool, h: float,
-        offset: int, keeps: bool,
+        self, modules: Mapping[Number, nn.Module], own: range, now: Pass, layout: StateLayout, *, residual: bool,
+        h: float, offset: int, keeps: bool,
     ):  # fmt: skip
-        self.modules, self.own, self.now, self.layout = modules, own, now, layout
+        self.modules, self.own, self.now, self.layout = dict(modules), own, now, layout
         self.residual, self.h, self.offset, self.keeps = residual, h, offset, keeps
-        self.graphs: dict[int, Graph] = {}
-        self.states: dict[int, Tensor] = {}
-        self.parameter_gradients: dict[int, dict[str, Tensor | None]] = {}
-        self.extra_gradients: dict[int, list[Tensor | None]] = {}
+        self.graphs: dict[Number, Graph] = {}
+        self.states: dict[Number, Tensor] = {}
+        self.parameter_gradients: dict[Number, dict[str, Tensor | None]] = {}
+        self.extra_gradients: dict[Number, list[Tensor | None]] = {}
         self.graph_bytes = 0
-        self._after: dict[int, dict[str, Tensor]] = {}
-        self._changing: set[int] = set()
+        self.parameters: dict[Number, dict[str, Tensor]] = {n: dict(modules[n].named_parameters()) for n in own}
+        self._before: dict[Number, dict[str, Tensor]] = {}
+        self._after: dict[Number, dict[str, Tensor]] = {}
+        self._replaced: dict[Number, dict[str, Tensor]] = {}
+        self._changing: set[Number] = set()
         self._note_changing(modules)
 
-    def _note_changing(self, modules: Mapping[int, nn.Module]) -> None:
+    def _note_changing(self, modules: Mapping[Number, nn.Module]) -> None:
         """Find the layers with buffers that evaluations may change."""
         for n, module in modules.items():
             if next(module.buffers(), None) is not None and any(m.training for m in module.modules()):
                 self._changing.add(n)
 
-    def adopt(self, modules: Mapping[int, nn.Module]) -> None:
-        """Add copies of other ranks' layers."""
+    def adopt(self, modules: Mapping[Number, nn.Module]) -> None:
+        """Add copies of other ranks' layers, or mean layers."""
         self.modules = {**self.modules, **modules}
         self._note_changing(modules)
+
+    def discard(self, keys: Iterable[MeanKey]) -> None:
+        """Forget mean layers, their states and graphs."""
+        for key in keys:
+            for each in (self.modules, self.states, self.graphs):
+                each.pop(key, None)  # type: ignore[attr-defined]
+            self._changing.discard(key)
 
     # -- extra inputs --------------------------------------------------------------------------------------------------
     @property
@@ -166,13 +183,16 @@ class LayerGraphs:
         return [t for t in self.all_extra_tensors if t.requires_grad]
 
     # -- values --------------------------------------------------------------------------------------------------------
-    def _evaluate(self, n: int, u: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
+    def _evaluate(self, n: Number, u: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
         """``f`` or ``b`` of one layer as an array; ``buffers`` takes those that the evaluation has changed."""
-        self.now.seed(1 + self.offset + n)
+        self.now.seed(1 + self.offset + (n if isinstance(n, int) else n[1] * n[2]))
         module, state, extra = self.modules[n], self.layout.unpack(u), self.now.extra
-        if n in self._changing:
-            changed = {name: b.detach().clone() for name, b in module.named_buffers()}
-            y = torch.func.functional_call(module, changed, (state, *extra))
+        if n in self._changing or n in self._replaced:
+            start = self._before.get(n) or dict(module.named_buffers())
+            changed = {name: b.detach().clone() for name, b in start.items()} if n in self._changing else {}
+            tensors = {**self._replaced.get(n, {}), **changed}
+            y = torch.func.functional_call(module, tensors, (state, *extra))
+            changed = {name: tensors[name] for name in changed}
             if buffers is not None:
                 buffers.update(changed)
         else:
@@ -180,11 +200,16 @@ class LayerGraphs:
         self.layout.require(y, self._name(n))
         return self.layout.pack(y)
 
-    def _name(self, n: int) -> str:
+    def _name(self, n: Number) -> str:
         """A layer, for messages."""
-        return f"layer {self.offset + n} ({type(self.modules[n]).__name__})"
+        kind = type(self.modules[n]).__name__
+        if isinstance(n, int):
+            return f"layer {self.offset + n} ({kind})"
+        sweep, stride, i = n
+        first = self.offset + i * stride
+        return f"the mean of {f'layers {first} to {first + stride - 1}' if sweep == 'forward' else 'layers'} ({kind})"
 
-    def step(self, n: int, u: Tensor, stride: int, *, record: bool) -> Tensor:
+    def step(self, n: Number, u: Tensor, stride: int, *, record: bool) -> Tensor:
         """The next state of a level whose points are ``stride`` layers apart, from ``u`` with layer ``n``."""
         if record:
             y = self.record(n, u).y.detach()
@@ -201,16 +226,22 @@ class LayerGraphs:
             return torch.add(u, y, alpha=self.h * stride)
         return y if stride == 1 else torch.lerp(u, y, float(stride))
 
-    def record(self, n: int, u: Tensor) -> Graph:
+    def record(self, n: Number, u: Tensor) -> Graph:
         """The value of a layer with its graph, kept if the pass keeps graphs."""
         if not self.keeps:
-            self.states[n] = u.data
+            self.note_state(n, u)
         graph = self._graph(n, u.data, self._after.setdefault(n, {}))
         if self.keeps:
             self.graphs[n] = graph
         return graph
 
-    def _graph(self, n: int, u: Tensor, buffers: dict[str, Tensor] | None = None) -> Graph:
+    def note_state(self, n: Number, u: Tensor) -> None:
+        """Note the state and the buffers from which a layer's graph is made again in the backward sweep."""
+        self.states[n] = u.data
+        if n in self._changing:
+            self._before[n] = {name: b.detach().clone() for name, b in self.modules[n].named_buffers()}
+
+    def _graph(self, n: Number, u: Tensor, buffers: dict[str, Tensor] | None = None) -> Graph:
         """The value of a layer with its graph."""
         leaf = u.requires_grad_()  # ``.data`` of a row: what is written to other rows does not concern it
         counts = _SavedBytes() if not self.graph_bytes else nullcontext()
@@ -218,7 +249,7 @@ class LayerGraphs:
             y = self._evaluate(n, leaf, buffers)
         if isinstance(counts, _SavedBytes):
             self.graph_bytes = counts.total
-        theta = {name: p for name, p in self.modules[n].named_parameters() if p.requires_grad}
+        theta = {name: p for name, p in self.parameters.get(n, {}).items() if p.requires_grad}
         return Graph([n], leaf, y, theta, stacked=False)
 
     def keep(self, graph: Graph, buffers: Mapping[str, Tensor]) -> None:
@@ -227,7 +258,7 @@ class LayerGraphs:
             self.graphs[n] = graph
         self.note_buffers(graph.layers, buffers)
 
-    def note_buffers(self, layers: Sequence[int], stacked: Mapping[str, Tensor]) -> None:
+    def note_buffers(self, layers: Sequence[Number], stacked: Mapping[str, Tensor]) -> None:
         """Take the buffers of some layers after their recorded evaluation, stacked by name."""
         for i, n in enumerate(layers):
             if n in self._changing:
@@ -261,15 +292,21 @@ class LayerGraphs:
         self._after = {}
 
     # -- derivatives ---------------------------------------------------------------------------------------------------
-    def _graph_of(self, n: int) -> Graph:
+    def _graph_of(self, n: Number) -> Graph:
         """The graph of an own layer, made again if it was not kept."""
         found = self.graphs.get(n)
         if found is not None:
             return found
+        now = dict(self.modules[n].named_parameters())
+        if any(now[name] is not p for name, p in self.parameters.get(n, {}).items()):  # given by functional_call
+            self._replaced[n] = self.parameters[n]
         with self.now.as_in_forward():
-            return self._graph(n, self.states[n].detach())
+            graph = self._graph(n, self.states[n].detach())
+        if self.keeps:
+            self.graphs[n] = graph  # of a mean layer, which all cycles of the sweep use
+        return graph
 
-    def adjoint(self, layers: Sequence[int], lam: Tensor, stride: int, *, gradients: bool) -> Tensor:
+    def adjoint(self, layers: Sequence[Number], lam: Tensor, stride: int, *, gradients: bool) -> Tensor:
         """Adjoint states of a level from ``lam``, ``(len(layers), *state)``, through layers that are ``stride`` apart
         on it; ``gradients``: also those of the parameters and extra inputs, which replace earlier ones.
         """
@@ -284,7 +321,7 @@ class LayerGraphs:
         return out
 
     def _adjoint_of(
-        self, graph: Graph, rows: Mapping[int, int], lam: Tensor, out: Tensor, stride: int, gradients: bool
+        self, graph: Graph, rows: Mapping[Number, int], lam: Tensor, out: Tensor, stride: int, gradients: bool
     ) -> None:
         """Adjoints through the layers of one graph, ``rows`` by number; products with zero for its other layers."""
         places = [graph.place[n] for n in rows]
@@ -310,6 +347,19 @@ class LayerGraphs:
                 self.extra_gradients[n] = extra if n == next(iter(rows)) else [None] * len(extra)
 
 
+@contextmanager
+def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Leave out the hooks of parameters: autograd calls them with the gradients that the network returns."""
+    hooked = [(p, p._backward_hooks) for p in parameters if p.is_leaf and p._backward_hooks]
+    for p, _ in hooked:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
+
+
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes of the tensors that autograd saves, each storage once."""
 
@@ -323,4 +373,4 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
             if key not in self._seen:
                 self._seen.add(key)
                 self.total += t.numel() * t.element_size()
-        return t
+        return t.detach()  # a result that an operation saves would refer to the operation, and neither be deleted

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from pint_fem.collective import collectively, require_same
+from pint_fem.digests import digest
 from pint_fem.errors import FAILURES, InputError
 from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.resnet.blocks.mean_layers import tensor_shapes
 from pint_fem.resnet.blocks.own_layers import Repeat, layer_makers
 from pint_fem.resnet.blocks.serial import SerialLayers
 from pint_fem.resnet.blocks.stage import BlockStage
@@ -78,6 +80,10 @@ class LayerParallel(LayerParallelModule):
     nonfinite
         ``"raise"``: derivatives that are not finite raise ``SolverFailure`` on all ranks. ``"gradient"``: all gradients
         are NaN on all ranks where any is not finite on one, as gradient scalers of torch expect.
+    coarse_layers
+        ``"mean"``: a layer of a coarse level has the mean parameters of the layers of its interval, where all layers of
+        the stage have parameters of the same names and shapes. ``"first"``: it is the first of them, as in
+        arXiv:1812.04352; much less accurate where parameters differ from layer to layer.
 
     Attributes
     ----------
@@ -119,6 +125,7 @@ class LayerParallel(LayerParallelModule):
         batched: str | bool = "auto",
         checkpoint: bool = False,
         nonfinite: str = "raise",
+        coarse_layers: str = "mean",
     ):
         super().__init__(grid, seed=seed, nonfinite=nonfinite)
         grid = self.grid
@@ -127,7 +134,10 @@ class LayerParallel(LayerParallelModule):
             grid.comm, layers=[len(s) for s in stages], transitions=len(transitions), residual=residual, h=h,
             forward_iterations=forward_iterations, backward_iterations=backward_iterations, adaptive=adaptive,
             evaluation=evaluation, mgrit=mgrit, seed=seed, batched=batched, checkpoint=checkpoint, nonfinite=nonfinite,
+            coarse_layers=coarse_layers,
         )  # fmt: skip
+        if coarse_layers not in ("mean", "first"):
+            raise InputError(f"coarse_layers {coarse_layers!r}: give 'mean' or 'first'")
         if len(transitions) != len(stages) - 1:
             raise InputError(
                 f"{len(transitions)} transitions for {len(stages)} stages: give one module between each two stages"
@@ -139,14 +149,11 @@ class LayerParallel(LayerParallelModule):
         options = list(mgrit) if isinstance(mgrit, (list, tuple)) else [mgrit] * len(stages)
         if len(options) != len(stages):
             raise InputError(f"{len(options)} sets of mgrit options for {len(stages)} stages: give one for each")
-        given_layers = [
-            (f"layer {n}", m) for n, m in enumerate(m for s in stages if not isinstance(s, Repeat) for m in s)
-        ]
-        between = [(f"transition {i}", t) for i, t in enumerate(transitions)]
-        ends = [(name, m) for name, m in (("opening", opening), ("closing", closing)) if m is not None]
-        collectively(grid.comm, "blocks", require_unshared, [*ends, *given_layers, *between])
         self.residual, self.h, self.checkpoint = residual, float(h), checkpoint
         self._stages: list[BlockStage] = []
+        ends = [("opening", opening), ("closing", closing)]
+        parts = [(name, m) for name, m in ends if m is not None]
+        parts += [(f"transition {i}", t) for i, t in enumerate(transitions, 1)]
         own, offset = [], 0
         for number, (layers, given) in enumerate(zip(stages, options, strict=True)):
             stage = BlockStage(
@@ -155,9 +162,15 @@ class LayerParallel(LayerParallelModule):
                 adaptive=adaptive, evaluation=evaluation, name=f"stage {number}" if len(stages) > 1 else "the layers",
             )  # fmt: skip
             made = collectively(grid.comm, "layers", _own_layers, stage, layers)
+            shapes = {digest(tensor_shapes(m)) for m in made.values()}
+            stage.has_means = coarse_layers == "mean" and len(set().union(*grid.layer_comm.allgather(shapes))) == 1
+            stage.remake()
             own += [made.get(n, Elsewhere()) for n in range(len(layers))]
             self._stages.append(stage)
+            seen = made.items() if isinstance(layers, Repeat) else enumerate(layers)
+            parts += [(f"layer {offset + n}", m) for n, m in seen]
             offset += len(layers)
+        collectively(grid.comm, "blocks", require_unshared, parts)
         self.layers = nn.ModuleList(own)
         self._set_ends(opening or nn.Identity(), closing or nn.Identity(), transitions)
         for stage in self._stages:

@@ -41,6 +41,8 @@ class _Step:
     keeps_input = True  # torch takes no read-only arrays
     graphs: Any = None
     batched: BatchedLayers | None = None
+    has_means = False
+    """Whether a layer of a coarse level is the mean of those of its interval."""
 
     def __init__(self, stride: int, *, propagates_nonfinite: bool):
         self.stride, self.propagates_nonfinite = stride, propagates_nonfinite
@@ -66,13 +68,19 @@ class BlockForward(_Step):
         super().__init__(stride, propagates_nonfinite=propagates_nonfinite)
         self.may_be_last, self.records = True, False
 
+    def _layers(self, steps: range) -> Sequence[Any]:
+        """Numbers of the layers of some steps."""
+        if self.has_means and not self.is_fine:
+            return [("forward", self.stride, i) for i in steps]
+        return [i * self.stride for i in steps]
+
     @property
     def _record(self) -> bool:
         return self.is_fine and self.records and self.may_be_last
 
     def step(self, steps: range, u: Any, out: Any) -> None:
         """Write the results of some steps to ``out``."""
-        layers, u, out = [n * self.stride for n in steps], as_tensor(u), as_tensor(out)
+        layers, u, out = self._layers(steps), as_tensor(u), as_tensor(out)
         if self.batched is not None and len(layers) > 1 and self.batched.has(layers):
             out.copy_(self.batched.step(self.graphs, layers, u, self.stride, record=self._record))
             return
@@ -82,8 +90,8 @@ class BlockForward(_Step):
     def sweep(self, first: int, U: Any, G: Any) -> None:
         """Take consecutive steps from ``U[0]`` in place, and add ``G``."""
         states, G = as_tensor(U), None if G is None else as_tensor(G)
-        for i in range(len(states) - 1):
-            out = self.graphs.step((first + i) * self.stride, states[i], self.stride, record=self._record)
+        for i, n in enumerate(self._layers(range(first, first + len(states) - 1))):
+            out = self.graphs.step(n, states[i], self.stride, record=self._record)
             states[i + 1] = out if G is None else out + G[i]
 
 
@@ -102,7 +110,10 @@ class BlockAdjoint(_Step):
         super().__init__(stride, propagates_nonfinite=propagates_nonfinite)
         self.nlayers, self.may_be_last, self.differentiates = nlayers, True, False
 
-    def _layers(self, steps: range) -> Sequence[int]:
+    def _layers(self, steps: range) -> Sequence[Any]:
+        """Numbers of the layers of some steps."""
+        if self.has_means and not self.is_fine:
+            return [("backward", self.stride, i) for i in steps]
         return [self.nlayers - (i + 1) * self.stride for i in steps]
 
     @property

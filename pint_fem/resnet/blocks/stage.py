@@ -43,6 +43,8 @@ class BlockStage(Stage):
 
     Attributes
     ----------
+    has_means : bool
+        Whether layers of coarse levels are means of those of their intervals, set by the network.
     own : dict
         The own layers by their number in the stage, set by the network.
     bytes : dict
@@ -58,6 +60,7 @@ class BlockStage(Stage):
         self.count, self.offset, self.options = len(layers), offset, options
         self.residual, self.h, self.checkpoint = residual, h, checkpoint
         self.batching = BatchingChoice(batched)
+        self.has_means = False
         self.own: dict[int, nn.Module] = {}
         self.layout: StateLayout | None = None
         self.bytes: dict[str, int] = {}
@@ -66,6 +69,10 @@ class BlockStage(Stage):
         """Without what belongs to a batch."""
         return {**super().__getstate__(), "own": {}, "bytes": {}}
 
+    def remake(self) -> None:
+        """Make the solvers anew where they are needed."""
+        self._sweeps = None
+
     def forget_others(self) -> None:
         """Keep of the layers that solvers are made from only those that they copy."""
         self._layers = _Some(self.count, self.sweeps.copies.modules)
@@ -73,8 +80,9 @@ class BlockStage(Stage):
     def make_sweeps(self) -> BlockSweeps:
         """The solvers of the sweeps of these layers, without communication."""
         return BlockSweeps(
-            self._layers, self.grid, options=self.options, residual=self.residual, batching=self.batching
-        )
+            self._layers, self.grid, options=self.options, residual=self.residual, batching=self.batching,
+            has_means=self.has_means,
+        )  # fmt: skip
 
     def parameters(self) -> list[Tensor]:
         """Parameters of the own layers."""
@@ -106,9 +114,9 @@ class BlockStage(Stage):
         graphs = trajectory.graphs
         result, L, first, extra = self.sweeps.backward(trajectory, last, **how)
         gradients = []
-        for n, module in self.own.items():
+        for n in graphs.own:
             found = graphs.parameter_gradients.get(n, {})
-            gradients += [found.get(name) if p.requires_grad else None for name, p in module.named_parameters()]
+            gradients += [found.get(name) if p.requires_grad else None for name, p in graphs.parameters[n].items()]
         graphs.parameter_gradients.clear()
         sums = dict(zip(map(id, graphs.extra_tensors), extra, strict=True))
         return result, L, first, gradients, [sums.get(id(t)) for t in graphs.all_extra_tensors]

@@ -16,6 +16,7 @@ from pint_fem.collective import collectively
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.resnet.blocks.batched_layers import BatchedLayers, BatchingChoice
 from pint_fem.resnet.blocks.graphs import LayerGraphs
+from pint_fem.resnet.blocks.mean_layers import MeanKey, MeanLayers
 from pint_fem.resnet.blocks.own_layers import LayerCopies
 from pint_fem.resnet.blocks.propagators import BlockAdjoint, BlockForward
 from pint_fem.resnet.grid import Grid
@@ -57,6 +58,8 @@ class BlockSweeps(SweepSolvers):
         Whether a layer is ``u + h f(u)``.
     batching
         Whether several layers are one call.
+    has_means
+        Whether layers of coarse levels are means of those of their intervals, which then have one structure.
     """
 
     needs_residuals = False
@@ -69,6 +72,7 @@ class BlockSweeps(SweepSolvers):
         options: MGRITOptions | Mapping | None,
         residual: bool,
         batching: BatchingChoice,
+        has_means: bool,
     ):
         count = len(layers)
         if not isinstance(options, MGRITOptions):
@@ -78,9 +82,15 @@ class BlockSweeps(SweepSolvers):
             "backward": partial(BlockAdjoint, nlayers=count, propagates_nonfinite=False),
         }
         super().__init__(count, grid, options=options, steps=steps)
-        self.batching = batching
+        self.batching, self.has_means = batching, has_means
+        self._means: MeanLayers | None = None
+        for solver in self.solvers.values():
+            for level in solver.levels:
+                level.propagator.has_means = has_means
         levels = zip(self.solvers["forward"].levels, self.strides, strict=True)
-        needed = [layers_of_others(level.bounds, self.bounds, stride) for level, stride in levels]
+        needed = [
+            None if has_means else layers_of_others(level.bounds, self.bounds, stride) for level, stride in levels
+        ]
         comm = grid.layer_comm
         plans = [None if rows is None else RowExchange(comm, self.bounds, rows) for rows in needed]
         self.copies = LayerCopies(plans, [[] if rows is None else rows[comm.rank] for rows in needed], layers)
@@ -109,6 +119,8 @@ class BlockSweeps(SweepSolvers):
         if iterates and len(self.copies):
             collectively(comm, "parameters of layers of other ranks", self.copies.update, list(modules.values()), comm)
             graphs.adopt(self.copies.modules)
+        means = self._mean_layers("forward", modules) if iterates and self.has_means else {}
+        graphs.adopt(means)
         key = (tuple(U.shape[1:]), U.dtype, trains, graphs.now.network.training)
         batched = None
         if iterates and self.batching(key):
@@ -127,9 +139,16 @@ class BlockSweeps(SweepSolvers):
                 self.batching.measure(key, graphs, modules, U, max(self.strides[1], 1), comm)
         finally:
             graphs.settle()
+            graphs.discard(means)
             fine.records = False
             self._release("forward")
         return result
+
+    def _mean_layers(self, sweep: str, modules: Mapping[int, nn.Module]) -> dict[MeanKey, nn.Module]:
+        """Layers of the coarse levels of a sweep (collective)."""
+        if self._means is None:
+            self._means = MeanLayers(self, modules)
+        return self._means.update(sweep, modules)
 
     def _tolerance(self, trajectory: BlockTrajectory) -> float | None:
         """Tolerance for states of a type and the type that layers compute with, unless one was given."""
@@ -178,12 +197,18 @@ class BlockSweeps(SweepSolvers):
         graphs.parameter_gradients.clear()
         graphs.extra_gradients.clear()
         rtol = self._tolerance(trajectory)
+        own = {n: graphs.modules[n] for n in graphs.own}
+        means = self._mean_layers("backward", own) if iterates and self.has_means else {}
+        graphs.adopt(means)
+        for key in means:
+            graphs.states[key] = trajectory.U[self.nlayers - (key[2] + 1) * key[1] - self.lo].data
         try:
             with own_random_numbers(graphs.now.devices):  # of layers that are evaluated again
                 result = self._solve("backward", _array(L), cycles=cycles, serial=serial, warm=warm, rtol=rtol)
                 missing = [n for n in graphs.own if n not in graphs.parameter_gradients]
                 collectively(comm, "gradients of layers", self._differentiate, graphs, L, missing)
         finally:
+            graphs.discard(means)
             self._release("backward")
         return result, _array(L), L[-1], self._sum_over_layers(graphs)
 

@@ -7,6 +7,7 @@ or lost its loss, learn of it and all raise, instead of waiting for each other.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,6 +50,27 @@ class _Report(NamedTuple):
     facts: Mapping[str, Any]
 
 
+_END = "end of the program"
+_communicators: list[MPI.Comm] = []
+
+
+def _meet_at_exit(comm: MPI.Comm) -> None:
+    """Let a process that ends take part in what the other ranks of a communicator begin, until they end, too."""
+    if comm.size == 1 or any(known is comm for known in _communicators):
+        return
+    if not _communicators:
+        atexit.register(_leave)
+    _communicators.append(comm)
+
+
+def _leave() -> None:
+    """Agree with the other ranks that the program ends; who begins another part learns of it."""
+    for comm in _communicators:
+        while not MPI.Is_finalized() and comm != MPI.COMM_NULL:
+            if all(report.part == _END for report in comm.allgather(_Report(_END, False, {}, {}))):
+                break
+
+
 class Agreement:
     """The first message of each collective part of a network.
 
@@ -62,6 +84,7 @@ class Agreement:
 
     def __init__(self, comm: MPI.Comm, everyone: MPI.Comm | None = None):
         self.comm, self.everyone = comm, comm if everyone is None else everyone
+        _meet_at_exit(comm)
 
     def __call__(
         self,

@@ -248,7 +248,7 @@ class LayerParallelModule(DistributedParameters):
 
     def _average_buffers(self) -> None:
         """Replace buffers of floating-point values by their means over the data groups (collective)."""
-        buffers = [b for b in self.buffers() if b.is_floating_point()]
+        buffers = [b for b in self.buffers() if b.is_floating_point() or b.is_complex()]
         with torch.no_grad():
             for b, mean in zip(buffers, stack_means(self.grid, buffers), strict=True):
                 b.data.copy_(mean)  # of normalisation the backward pass has saved them, and uses others in training

@@ -55,6 +55,11 @@ class Elsewhere(nn.Module):
         raise InputError("this module is on another rank: call the whole network, on all ranks")
 
 
+def _wide(t: Tensor) -> Tensor:
+    """The values in double precision."""
+    return t.to(torch.complex128 if t.is_complex() else torch.float64)
+
+
 class DistributedParameters(nn.Module):
     """Base of modules whose parameters are distributed over layer ranks; each has those of its own layers.
 
@@ -124,7 +129,7 @@ class DistributedParameters(nn.Module):
         failure, own = None, 0.0
         try:
             norms = [
-                torch.linalg.vector_norm(p.grad.double(), norm_type) for p in self.parameters() if p.grad is not None
+                torch.linalg.vector_norm(_wide(p.grad), norm_type) for p in self.parameters() if p.grad is not None
             ]
             own = torch.linalg.vector_norm(torch.stack(norms), norm_type).item() if norms else 0.0
         except FAILURES as error:

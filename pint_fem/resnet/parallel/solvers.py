@@ -156,6 +156,8 @@ class SweepSolvers:
         ``rtol`` replaces the tolerance of the options, of sweeps up to a tolerance; that is 1e-12 for values of type
         float64 and 1e-6 for others, unless it was given.
         """
+        if warm is not None and warm.shape[1:] != U.shape[1:]:
+            warm = None  # the batch had another size
         if warm is not None:
             U[self._c_rows(name)] = warm
         if serial or len(self.strides) == 1:

@@ -191,10 +191,15 @@ class Stage(ABC):
         return first, now.mean_over_data(gradients), extra
 
 
+def _real(t: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones."""
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
 def are_finite(gradients: Sequence[Tensor | None]) -> bool:
     """Whether all values are finite, by one read from a device: their sums are, or else each by itself."""
     given = [g for g in gradients if g is not None and g.device.type != "meta"]
-    if not given or torch.isfinite(torch.stack([g.sum(dtype=torch.float32) for g in given])).all():
+    if not given or torch.isfinite(torch.stack([_real(g).sum(dtype=torch.float32) for g in given])).all():
         return True
     return all(bool(torch.isfinite(g).all()) for g in given)
 
@@ -255,9 +260,10 @@ class _TrajectoryOwner:
 
 def stack_means(grid: Grid, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Means of gradients over the data groups, in one message of each type of values (collective)."""
-    out = list(gradients)
     if grid.data_size == 1:
-        return out
+        return list(gradients)
+    paired = [g is not None and g.is_complex() for g in gradients]
+    out = [g if g is None else _real(g.to_dense() if g.is_sparse else g) for g in gradients]
     for dtype in dict.fromkeys(g.dtype for g in out if g is not None):
         some = [i for i, g in enumerate(out) if g is not None and g.dtype == dtype]
         wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
@@ -268,4 +274,6 @@ def stack_means(grid: Grid, gradients: Sequence[Tensor | None]) -> list[Tensor |
             g = out[i]
             assert g is not None
             out[i] = part.reshape(g.shape).to(g.device, dtype)
-    return out
+    return [
+        torch.view_as_complex(g) if is_pair and g is not None else g for g, is_pair in zip(out, paired, strict=True)
+    ]

@@ -118,6 +118,7 @@ class OutputOfLast(torch.autograd.Function):
         """Broadcast; ``end`` connects the ranks without the tensors to their layers."""
         ctx.now, ctx.like = now, (end.shape, end.dtype, end.device)
         ctx.count, grid, out = len(tensors), now.grid, []
+        ctx.set_materialize_grads(False)  # parameters behind unused outputs have no gradients, as in plain torch
         for i, (shape, dtype) in enumerate(specs):
             t = tensors[i].detach().clone(memory_format=torch.contiguous_format) if grid.is_last else None
             if t is None:
@@ -128,7 +129,7 @@ class OutputOfLast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The derivatives on the last rank, zero on the others."""
+        """The derivatives on the last rank, zero on the others; none of outputs that are not used."""
         ctx.now.check_backward()
         shape, dtype, device = ctx.like
         return None, torch.zeros(shape, dtype=dtype, device=device), None, *gradients[: ctx.count]
