@@ -152,8 +152,8 @@ def single_stage(opts, grid, opening, layer, closing, data, test):
     )
 
 
-def plot_curves(path, outcome, title, *, quantity="accuracy (%)"):
-    """Losses of the batches and accuracy over epochs, layer-parallel beside the serial copy."""
+def plot_curves(path, outcome, title, *, quantity="accuracy (%)", epoch="epoch"):
+    """Losses of the batches, in means of as many for both, and accuracy over epochs: layer-parallel beside serial."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -161,6 +161,7 @@ def plot_curves(path, outcome, title, *, quantity="accuracy (%)"):
     import numpy as np
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    width = max(1, max(len(outcome[name] or ()) for name in ("losses", "serial_losses")) // 100)
     both = (("layer-parallel", "", "C0", "-", "o"), ("serial torch", "serial_", "C1", "--", "s"))
     for name, prefix, colour, style, marker in both:
         curve, losses = outcome["serial" if prefix else "curve"], outcome[f"{prefix}losses"]
@@ -168,9 +169,8 @@ def plot_curves(path, outcome, title, *, quantity="accuracy (%)"):
             continue
         epochs = [e.number for e in curve]
         if losses:
-            width = max(1, len(losses) // 100)
             means = [np.mean(losses[i : i + width]) for i in range(0, len(losses) - width + 1, width)]
-            places = (np.arange(len(means)) + 0.5) * width * epochs[-1] / len(losses)
+            places = (np.arange(len(means)) + 0.5) * width
             label = f"{name}, means of {width} batches" if width > 1 else name
             left.semilogy(places, means, style, color=colour, label=label, lw=1.2)
         else:
@@ -178,8 +178,8 @@ def plot_curves(path, outcome, title, *, quantity="accuracy (%)"):
         test, training = ([100 * getattr(e, f"{part}_accuracy") for e in curve] for part in ("test", "train"))
         right.plot(epochs, test, style, color=colour, marker=marker, label=f"{name}, test")
         right.plot(epochs, training, style, color=colour, marker=marker, alpha=0.4, label=f"{name}, training")
-    left.set(xlabel="epoch", title="loss (training)")
-    right.set(xlabel="epoch", title=quantity)
+    left.set(xlabel="batch" if outcome["losses"] else epoch, title="loss (training)")
+    right.set(xlabel=epoch, title=quantity)
     for ax in (left, right):
         ax.legend(fontsize=8)
         ax.xaxis.get_major_locator().set_params(integer=True)

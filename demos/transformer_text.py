@@ -149,7 +149,8 @@ def main():
     outputs = Outputs(grid.comm)
     path = opts.out / "curves.png"
     title = f"{opts.blocks} transformer blocks of width {opts.width}: next character of a text"
-    outputs.on_root(str(path), partial(plot_curves, quantity="next character (%)"), path, outcome, title)
+    plot = partial(plot_curves, quantity="next character (%)", epoch=f"{opts.every} batches")
+    outputs.on_root(str(path), plot, path, outcome, title)
     outputs.on_root(str(opts.out / "samples.txt"), write_samples, opts.out / "samples.txt", samples)
     facts = {"problem": "next character", "characters": len(text), "alphabet": len(alphabet), "samples": samples}
     report(opts, grid, outcome, facts, outputs)
