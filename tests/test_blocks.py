@@ -412,6 +412,9 @@ def test_dropout_in_evaluation_mode_draws_anew():
     with torch.no_grad():
         samples = torch.stack([net(x, *extra) for _ in range(4)])
     assert np.unique(samples[:, 0, 0].numpy()).size == 4
+    # the masks of the training that goes on are those without evaluations
+    net.train()
+    assert net.passes == 0
 
 
 @pytest.mark.parallel([1, 2])

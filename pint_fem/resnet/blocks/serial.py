@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pint_fem.resnet.parallel.random_numbers import devices_of, mixed_seed, own_random_numbers, seed_generators
+from pint_fem.resnet.parallel.random_numbers import (
+    count_pass,
+    devices_of,
+    mixed_seed,
+    own_random_numbers,
+    pass_number,
+    seed_generators,
+)
 
 __all__ = ["SerialLayers"]
 
@@ -37,7 +44,8 @@ class SerialLayers(nn.Module):
         self.layers = nn.ModuleList(copy.deepcopy(m) for m in layers)
         self.opening, self.closing = copy.deepcopy(opening), copy.deepcopy(closing)
         self.transitions = nn.ModuleList(copy.deepcopy(t) for t in transitions)
-        self.counts, self.residual, self.h, self.seed, self.passes = list(counts), residual, h, seed, passes
+        self.counts, self.residual, self.h = list(counts), residual, h
+        self.seed, self.passes, self.evaluations = seed, passes, 0
 
     def extra_repr(self) -> str:
         """Depth, for torch's ``repr`` of modules."""
@@ -47,7 +55,7 @@ class SerialLayers(nn.Module):
         """Output of the network for a batch ``x`` and extra inputs of the layers."""
         devices = devices_of(self.parameters())
         with own_random_numbers(devices):
-            seed = lambda place: seed_generators(mixed_seed(self.seed, self.passes, place), devices)
+            seed = lambda place: seed_generators(mixed_seed(self.seed, *pass_number(self), place), devices)
             seed(0)
             u, n = self.opening(x), 0
             for number, count in enumerate(self.counts):
@@ -60,8 +68,7 @@ class SerialLayers(nn.Module):
                     n += 1
             seed(1 << 62)
             out = self.closing(u)
-        if any(m.training for m in self.modules()):
-            self.passes += 1
+        count_pass(self)
         return out
 
     def _step(self, u: Any, y: Any) -> Any:

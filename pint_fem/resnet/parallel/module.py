@@ -21,7 +21,7 @@ from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.parallel.agreement import batch_digest
 from pint_fem.resnet.parallel.parameters import DistributedParameters
 from pint_fem.resnet.parallel.passes import Pass
-from pint_fem.resnet.parallel.random_numbers import devices_of, own_random_numbers
+from pint_fem.resnet.parallel.random_numbers import count_pass, devices_of, own_random_numbers, pass_number
 from pint_fem.resnet.parallel.stage import Propagation, Stage, stack_means
 from pint_fem.resnet.parallel.transport import InputDerivative, MeanOfGroups, OutputOfLast, ToFirst
 
@@ -48,14 +48,16 @@ class LayerParallelModule(DistributedParameters):
     collective : CollectiveBackward
         ``net.collective.backward(loss)`` is ``loss.backward()`` where a loss that fails on one rank fails on all.
     passes : int
-        Number of passes with random numbers so far.
+        Number of passes in training mode so far, on which random numbers depend.
+    evaluations : int
+        Number of passes in evaluation mode since the last of those.
     """
 
     def __init__(self, grid: Grid | None, *, seed: int, nonfinite: str = "raise"):
         super().__init__(grid)
         if nonfinite not in ("raise", "gradient"):
             raise InputError(f"nonfinite {nonfinite!r}: give 'raise' or 'gradient'")
-        self.seed, self.nonfinite, self.passes = seed, nonfinite, 0
+        self.seed, self.nonfinite, self.passes, self.evaluations = seed, nonfinite, 0, 0
 
     # -- what a subclass has -------------------------------------------------------------------------------------------
     @property
@@ -116,7 +118,7 @@ class LayerParallelModule(DistributedParameters):
     def _forward(self, x: Any, extra: tuple, batch: Hashable, devices: list[torch.device]) -> Any:
         grid, grads = self.grid, torch.is_grad_enabled()
         shares = self.training and grads and grid.data_size > 1
-        now = Pass(self, self.passes, shares=shares, batch=batch, devices=devices)
+        now = Pass(self, pass_number(self), shares=shares, batch=batch, devices=devices)
         state = layout = failure = None
         digest, inputs, structure, wanted = 0, [], None, ()
         try:
@@ -141,17 +143,15 @@ class LayerParallelModule(DistributedParameters):
         facts = self._agree(
             "forward pass", failure, where="opening layer", shares=shares,
             same={"training": self.training, "gradients enabled": grads, "autocast": now.autocast, "batch": batch,
-                  "inputs with derivatives": wanted, "number of the pass": self.passes},
+                  "inputs with derivatives": wanted, "number of the pass": now.number},
             digest=digest, size=_size(x),
             requires_grad=grads and (any(p.requires_grad for p in self.parameters())
                                      or (state is not None and state.requires_grad) or bool(wanted)),
-            counts=any(m.training for m in self.modules()),
             shape=None if state is None else (tuple(state.shape), state.dtype), layout=layout,
         )  # fmt: skip
         self._require_same_batch(facts, shares)
         now.trains = any(f["requires_grad"] for f in facts)  # frozen parameters of one rank do not keep the others back
-        if any(f["counts"] for f in facts):
-            self.passes += 1
+        count_pass(self)
         anchor = torch.zeros(0, requires_grad=now.trains)
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         if state is None:

@@ -30,8 +30,8 @@ class Pass:
     Attributes
     ----------
     network : LayerParallelModule
-    number : int
-        Of the pass.
+    number : tuple of int
+        Of the pass (:func:`~pint_fem.resnet.parallel.random_numbers.pass_number`).
     trains : bool
         Whether a backward sweep may follow.
     shares : bool
@@ -45,7 +45,7 @@ class Pass:
     """
 
     network: LayerParallelModule
-    number: int
+    number: tuple[int, int]
     trains: bool = False
     shares: bool = False
     batch: Hashable = None
@@ -65,7 +65,7 @@ class Pass:
 
     def seed(self, place: int) -> None:
         """Seed torch's generators for a part of the network: 0 is the opening layer, ``1 + n`` layer ``n``."""
-        seed_generators(mixed_seed(self.network.seed, self.number, place), self.devices)
+        seed_generators(mixed_seed(self.network.seed, *self.number, place), self.devices)
 
     @contextmanager
     def as_in_forward(self) -> Iterator[None]:

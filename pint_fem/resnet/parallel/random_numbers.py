@@ -12,11 +12,12 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["devices_of", "mixed_seed", "own_random_numbers", "seed_generators", "watched_generators"]
+__all__ = ["count_pass", "devices_of", "mixed_seed", "own_random_numbers", "seed_generators", "watched_generators"]
 
 _MIX = 0x9E3779B97F4A7C15  # of splitmix64
 _WORD = (1 << 64) - 1
@@ -71,3 +72,20 @@ def seed_generators(seed: int, devices: Iterable[torch.device] = ()) -> None:
     for device in devices:
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+
+
+def pass_number(network: Any) -> tuple[int, int]:
+    """Number of the pass of a network that comes next, from which seeds are made.
+
+    The first is that of the passes in training mode; the second is 0 in training mode, else that of the evaluation
+    since the last of those. So the masks of a training do not depend on how often the network is evaluated meanwhile.
+    """
+    return network.passes, 0 if network.training else 1 + network.evaluations
+
+
+def count_pass(network: Any) -> None:
+    """Count a pass in the network's ``passes`` or ``evaluations``."""
+    if network.training:
+        network.passes, network.evaluations = network.passes + 1, 0
+    else:
+        network.evaluations += 1
