@@ -130,7 +130,8 @@ class LayerParallelResNet(LayerParallelModule):
         are NaN on all ranks where any is not finite on one, as gradient scalers of torch expect.
     coarse_layers
         ``"mean"``: a layer of a coarse level has the mean parameters of the layers of its interval. ``"first"``: it is
-        the first of them, as in arXiv:1812.04352; much less accurate where parameters differ from layer to layer.
+        the first of them, as in arXiv:1812.04352. Default: the mean where the activation is an odd function but for a
+        constant, as tanh and sigmoid, whose mean over random parameters it then has; otherwise (relu) the first.
 
     Attributes
     ----------
@@ -168,7 +169,7 @@ class LayerParallelResNet(LayerParallelModule):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         nonfinite: str = "raise",
-        coarse_layers: str = "mean",
+        coarse_layers: str | None = None,
     ):
         super().__init__(grid, seed=seed, nonfinite=nonfinite)
         grid = self.grid
@@ -188,8 +189,10 @@ class LayerParallelResNet(LayerParallelModule):
             nonfinite=nonfinite,
             coarse_layers=coarse_layers,
         )
-        if coarse_layers not in ("mean", "first"):
+        if coarse_layers not in (None, "mean", "first"):
             raise InputError(f"coarse_layers {coarse_layers!r}: give 'mean' or 'first'")
+        if coarse_layers is None:
+            coarse_layers = "mean" if _is_odd(layer.activation.function) else "first"
         if not isinstance(nlayers, int) or nlayers < 1:
             raise InputError(f"nlayers = {nlayers!r}: give a positive whole number")
         if not final_time > 0:
@@ -295,3 +298,14 @@ class LayerParallelResNet(LayerParallelModule):
         """The part of a state of the whole network that belongs to this rank."""
         whole = lambda name, t: name.startswith("theta.") and torch.is_tensor(t) and len(t) == self.nlayers
         return {name: t[self.lo : self.hi] if whole(name, t) else t for name, t in super()._own_part(state).items()}
+
+
+def _is_odd(function: Any) -> bool:
+    """Whether a function is odd but for a constant."""
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            y = function(z)
+    except (RuntimeError, TypeError):  # has parameters
+        return False
+    return torch.allclose(y - y[4], (y[4] - y).flip(0))
