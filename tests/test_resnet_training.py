@@ -218,7 +218,10 @@ def test_warm_starts_remember():
 def test_adaptive_iterations():
     """Small weights: the number of cycles stays. Large ones, on which cycles diverge: serial and exact from then on."""
     adaptive = Adaptive(every=3, enough=0.5, most=4)
-    its = dict(forward_iterations=1, backward_iterations=1, adaptive=adaptive, mgrit={"coarsening": 4, "relax": "F"})
+    its = dict(
+        forward_iterations=1, backward_iterations=1, adaptive=adaptive, mgrit={"coarsening": 4, "relax": "F"},
+        coarse_layers="first",
+    )  # fmt: skip
     net, x, y = peaks_network(32, levels=2, **its)
     train_steps(net, x, y, 7)
     for sweeps in (net.forward_sweeps, net.backward_sweeps):
