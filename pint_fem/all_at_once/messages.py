@@ -81,7 +81,7 @@ def post_send(comm: MPI.Comm, row: Array, dest: int, tag: int) -> Request:
 def gather_rows(comm: MPI.Comm, rows: Array, whole: Array | None, bounds: Sequence[int]) -> None:
     """Gather the ranks' rows in ``whole`` on the first rank, ``None`` elsewhere; ``bounds``: of the ranks' rows."""
     target = None if whole is None else _host(whole)
-    comm.Gatherv([_bytes(_host(rows)), MPI.BYTE], None if target is None else [_bytes(target), *_layout(rows, bounds)])
+    comm.Gatherv(_bytes(_host(rows)), None if target is None else [_bytes(target), *_layout(rows, bounds)])
     if whole is not None and target is not whole:
         whole.copy_(target)
 
@@ -89,16 +89,19 @@ def gather_rows(comm: MPI.Comm, rows: Array, whole: Array | None, bounds: Sequen
 def scatter_rows(comm: MPI.Comm, whole: Array | None, rows: Array, bounds: Sequence[int]) -> None:
     """Write to each rank's rows what ``whole`` has of them on the first rank, ``None`` elsewhere."""
     source, target = None if whole is None else _host(whole), _host(rows)
-    comm.Scatterv(None if source is None else [_bytes(source), *_layout(rows, bounds)], [_bytes(target), MPI.BYTE])
+    comm.Scatterv(None if source is None else [_bytes(source), *_layout(rows, bounds)], _bytes(target))
     if target is not rows:
         rows.copy_(target)
 
 
 def _layout(rows: Array, bounds: Sequence[int]) -> list:
-    """Counts and displacements of the ranks' parts in bytes."""
-    width = rows.dtype.itemsize * int(np.prod(rows.shape[1:], dtype=int))
+    """Counts and displacements of the ranks' parts, in numbers of numpy's arrays and in bytes of tensors, and the type
+    of these.
+    """
+    width = int(np.prod(rows.shape[1:], dtype=int)) * (rows.dtype.itemsize if is_tensor(rows) else 1)
     places = [width * int(b) for b in bounds]
-    return [[b - a for a, b in pairwise(places)], places[:-1], MPI.BYTE]
+    kind = MPI.BYTE if is_tensor(rows) else MPI.DOUBLE if rows.dtype.itemsize == 8 else MPI.FLOAT
+    return [[b - a for a, b in pairwise(places)], places[:-1], kind]
 
 
 def _host(array: Array) -> Array:
