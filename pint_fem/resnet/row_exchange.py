@@ -25,6 +25,8 @@ class RowExchange:
 
     Attributes
     ----------
+    numbers : list of int
+        Numbers of the rows that this rank gets.
     send, receive : dict
         Local numbers of the rows to send to a rank, and their places in the result by the rank that they come from.
     """
@@ -32,6 +34,7 @@ class RowExchange:
     def __init__(self, comm: MPI.Comm, bounds: Sequence[int], needed: Sequence[Sequence[int]]):
         self.comm = comm
         lo, counts = bounds[comm.rank], [len(rows) for rows in needed]
+        self.numbers = list(needed[comm.rank])
         rows = np.fromiter((n for numbers in needed for n in numbers), int, sum(counts))
         receiver = np.repeat(np.arange(comm.size), counts)
         owner = np.searchsorted(bounds, rows, side="right") - 1

@@ -28,9 +28,8 @@ from pint_fem.resnet.activation_kinds import Activation
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.layers import Layer
 from pint_fem.resnet.parallel.interval_means import coarse_means
-from pint_fem.resnet.parallel.solvers import SweepSolvers, layers_of_others
+from pint_fem.resnet.parallel.solvers import SweepSolvers
 from pint_fem.resnet.propagators import AdjointStep, ForwardStep, TangentStep
-from pint_fem.resnet.row_exchange import RowExchange
 
 __all__ = ["LayerSweeps", "Trajectory"]
 
@@ -120,10 +119,8 @@ class LayerSweeps(SweepSolvers):
             for level in solver.levels:
                 level.propagator.lo = level.lo
         self.solvers["backward"].levels[0].propagator.backwards = True
-        levels = zip(self.solvers["forward"].levels, self.strides, strict=True)
-        needed = [layers_of_others(level.bounds, self.bounds, stride) for level, stride in levels]
-        self.exchanges = [None if rows is None else RowExchange(grid.layer_comm, self.bounds, rows) for rows in needed]
         self.means = coarse_means(self, grid) if coarse_layers == "mean" else None
+        self.exchanges = self.exchanges_of_layers(needed=self.means is None)
         self._pool: list[Trajectory] = []
         self._L: np.ndarray | None = None
 

@@ -28,6 +28,7 @@ from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.iterations import Adaptive
 from pint_fem.resnet.parallel.module import LayerParallelModule
 from pint_fem.resnet.parallel.parameters import Elsewhere, require_unshared
+from pint_fem.resnet.parallel.solvers import own_numbers
 from pint_fem.resnet.parallel.stage import Stage
 from pint_fem.resnet.parallel.states import StateLayout
 
@@ -162,10 +163,10 @@ class LayerParallel(LayerParallelModule):
                 checkpoint=checkpoint, forward_iterations=forward_iterations, backward_iterations=backward_iterations,
                 adaptive=adaptive, evaluation=evaluation, name=f"stage {number}" if len(stages) > 1 else "the layers",
             )  # fmt: skip
-            made = collectively(grid.comm, "layers", _own_layers, stage, layers)
+            made = collectively(grid.comm, "layers", _own_layers, layers, own_numbers(len(layers), grid), offset)
             shapes = {digest(tensor_shapes(m)) for m in made.values()}
             stage.has_means = coarse_layers == "mean" and len(set().union(*grid.layer_comm.allgather(shapes))) == 1
-            stage.remake()
+            collectively(grid.comm, "layers", stage.forget_others)
             own += [made.get(n, Elsewhere()) for n in range(len(layers))]
             self._stages.append(stage)
             seen = made.items() if isinstance(layers, Repeat) else enumerate(layers)
@@ -174,8 +175,6 @@ class LayerParallel(LayerParallelModule):
         collectively(grid.comm, "blocks", require_unshared, parts)
         self.layers = nn.ModuleList(own)
         self._set_ends(opening or nn.Identity(), closing or nn.Identity(), transitions)
-        for stage in self._stages:
-            stage.forget_others()
         self._start_equal()
 
     # -- stages --------------------------------------------------------------------------------------------------------
@@ -283,14 +282,13 @@ def _stages(blocks: Any) -> list[Sequence[nn.Module]]:
     return [layer_makers(s, f"stage {i}" if len(several) > 1 else "blocks") for i, s in enumerate(several)]
 
 
-def _own_layers(stage: BlockStage, layers: Sequence[nn.Module]) -> dict[int, nn.Module]:
+def _own_layers(layers: Sequence[nn.Module], own: range, offset: int) -> dict[int, nn.Module]:
     """The own layers of a stage, copied unless they are made."""
-    own = range(stage.sweeps.lo, stage.sweeps.hi)
     made = {n: layers[n] if isinstance(layers, Repeat) else copy.deepcopy(layers[n]) for n in own}
     for n, module in made.items():
         if any(is_lazy(t) for t in (*module.parameters(), *module.buffers())):
             raise InputError(
-                f"layer {stage.offset + n} ({type(module).__name__}) has parameters without a shape: give sizes, such "
+                f"layer {offset + n} ({type(module).__name__}) has parameters without a shape: give sizes, such "
                 "as Linear(8, 8), or call lazy modules with a state before"
             )
     return made

@@ -8,7 +8,7 @@ and rank.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,16 +115,12 @@ class LayerCopies:
     ----------
     exchanges
         For each level the plan of the exchange, or ``None`` where no rank needs a layer.
-    numbers
-        Numbers of the layers that this rank gets, by level.
     layers
         All layers of the stage.
     """
 
-    def __init__(
-        self, exchanges: Sequence[RowExchange | None], numbers: Sequence[Sequence[int]], layers: Sequence[nn.Module]
-    ):
-        self._plans = [(e, list(n)) for e, n in zip(exchanges, numbers, strict=True) if e is not None]
+    def __init__(self, exchanges: Sequence[RowExchange | None], layers: Sequence[nn.Module]):
+        self._plans = [(e, e.numbers) for e in exchanges if e is not None]
         self.modules = {n: copy.deepcopy(layers[n]) for _, needed in self._plans for n in needed}
 
     def __len__(self) -> int:
@@ -152,6 +148,3 @@ class LayerCopies:
                     _unpack(self.modules[numbers[place]], comm.recv(source=rank, tag=41), device)
             for request in sends:
                 request.Wait()
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.modules)

@@ -41,6 +41,7 @@ class _Step:
     keeps_input = True  # torch takes no read-only arrays
     graphs: Any = None
     batched: BatchedLayers | None = None
+    sweep_name: str
     has_means = False
     """Whether a layer of a coarse level is the mean of those of its interval."""
 
@@ -51,6 +52,16 @@ class _Step:
     def is_fine(self) -> bool:
         """Whether this is the finest level."""
         return self.stride == 1
+
+    def _layer(self, i: int) -> int:
+        """Number of the layer of a step, the first of those that it stands for."""
+        raise NotImplementedError
+
+    def _layers(self, steps: range) -> Sequence[Any]:
+        """Numbers of the layers of some steps, of mean layers on coarse levels that have them."""
+        if self.has_means and not self.is_fine:
+            return [(self.sweep_name, self.stride, i) for i in steps]
+        return [self._layer(i) for i in steps]
 
 
 class BlockForward(_Step):
@@ -64,15 +75,14 @@ class BlockForward(_Step):
         Whether steps that may be the last are recorded.
     """
 
+    sweep_name = "forward"
+
     def __init__(self, stride: int, *, propagates_nonfinite: bool):
         super().__init__(stride, propagates_nonfinite=propagates_nonfinite)
         self.may_be_last, self.records = True, False
 
-    def _layers(self, steps: range) -> Sequence[Any]:
-        """Numbers of the layers of some steps."""
-        if self.has_means and not self.is_fine:
-            return [("forward", self.stride, i) for i in steps]
-        return [i * self.stride for i in steps]
+    def _layer(self, i: int) -> int:
+        return i * self.stride
 
     @property
     def _record(self) -> bool:
@@ -106,15 +116,14 @@ class BlockAdjoint(_Step):
         Whether steps that may be the last also compute the derivatives with respect to the parameters.
     """
 
+    sweep_name = "backward"
+
     def __init__(self, stride: int, nlayers: int, *, propagates_nonfinite: bool):
         super().__init__(stride, propagates_nonfinite=propagates_nonfinite)
         self.nlayers, self.may_be_last, self.differentiates = nlayers, True, False
 
-    def _layers(self, steps: range) -> Sequence[Any]:
-        """Numbers of the layers of some steps."""
-        if self.has_means and not self.is_fine:
-            return [("backward", self.stride, i) for i in steps]
-        return [self.nlayers - (i + 1) * self.stride for i in steps]
+    def _layer(self, i: int) -> int:
+        return self.nlayers - (i + 1) * self.stride
 
     @property
     def _gradients(self) -> bool:

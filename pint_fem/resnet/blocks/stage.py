@@ -69,12 +69,8 @@ class BlockStage(Stage):
         """Without what belongs to a batch."""
         return {**super().__getstate__(), "own": {}, "bytes": {}}
 
-    def remake(self) -> None:
-        """Make the solvers anew where they are needed."""
-        self._sweeps = None
-
     def forget_others(self) -> None:
-        """Keep of the layers that solvers are made from only those that they copy."""
+        """Make the solvers, and keep of all layers only those that they copy."""
         self._layers = _Some(self.count, self.sweeps.copies.modules)
 
     def make_sweeps(self) -> BlockSweeps:

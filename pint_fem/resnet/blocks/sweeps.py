@@ -22,8 +22,7 @@ from pint_fem.resnet.blocks.own_layers import LayerCopies
 from pint_fem.resnet.blocks.propagators import BlockAdjoint, BlockForward
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.parallel.random_numbers import own_random_numbers, watched_generators
-from pint_fem.resnet.parallel.solvers import SweepSolvers, layers_of_others
-from pint_fem.resnet.row_exchange import RowExchange
+from pint_fem.resnet.parallel.solvers import SweepSolvers
 
 __all__ = ["BlockSweeps", "BlockTrajectory"]
 
@@ -88,13 +87,7 @@ class BlockSweeps(SweepSolvers):
         for solver in self.solvers.values():
             for level in solver.levels:
                 level.propagator.has_means = has_means
-        levels = zip(self.solvers["forward"].levels, self.strides, strict=True)
-        needed = [
-            None if has_means else layers_of_others(level.bounds, self.bounds, stride) for level, stride in levels
-        ]
-        comm = grid.layer_comm
-        plans = [None if rows is None else RowExchange(comm, self.bounds, rows) for rows in needed]
-        self.copies = LayerCopies(plans, [[] if rows is None else rows[comm.rank] for rows in needed], layers)
+        self.copies = LayerCopies(self.exchanges_of_layers(needed=not has_means), layers)
 
     def forward(
         self, modules: Mapping[int, nn.Module], first: Tensor | None, trajectory: BlockTrajectory, *, trains: bool,

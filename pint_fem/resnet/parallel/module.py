@@ -22,7 +22,7 @@ from pint_fem.resnet.parallel.agreement import batch_digest
 from pint_fem.resnet.parallel.parameters import DistributedParameters
 from pint_fem.resnet.parallel.passes import Pass
 from pint_fem.resnet.parallel.random_numbers import count_pass, devices_of, own_random_numbers, pass_number
-from pint_fem.resnet.parallel.stage import Propagation, Stage, stack_means
+from pint_fem.resnet.parallel.stage import Propagation, Stage, means_over_groups
 from pint_fem.resnet.parallel.transport import InputDerivative, MeanOfGroups, OutputOfLast, ToFirst
 
 __all__ = ["LayerParallelModule"]
@@ -156,6 +156,7 @@ class LayerParallelModule(DistributedParameters):
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         if state is None:
             state = torch.zeros(0, dtype=facts[0]["shape"][1], device=device)
+        leaves = [t for t in tree_flatten(extra)[0] if torch.is_tensor(t)]
         end = state
         for number, stage in enumerate(self.stages):
             if number:
@@ -163,7 +164,6 @@ class LayerParallelModule(DistributedParameters):
             shape, dtype = facts[0]["shape"]
             layout = facts[0]["layout"]
             self._set_layout(stage, layout)
-            leaves = [t for t in tree_flatten(extra)[0] if torch.is_tensor(t)]
             end = Propagation.apply(
                 stage, now, shape, dtype, anchor, state, (len(inputs), len(leaves)), *inputs, *leaves,
                 *stage.parameters(),
@@ -250,7 +250,7 @@ class LayerParallelModule(DistributedParameters):
         """Replace buffers of floating-point values by their means over the data groups (collective)."""
         buffers = [b for b in self.buffers() if b.is_floating_point() or b.is_complex()]
         with torch.no_grad():
-            for b, mean in zip(buffers, stack_means(self.grid, buffers), strict=True):
+            for b, mean in zip(buffers, means_over_groups(self.grid, buffers), strict=True):
                 b.data.copy_(mean)  # of normalisation the backward pass has saved them, and uses others in training
 
     # -- invalidation --------------------------------------------------------------------------------------------------

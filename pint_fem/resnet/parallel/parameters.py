@@ -15,6 +15,7 @@ from pint_fem.errors import FAILURES, InputError
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.parallel.agreement import Agreement, CollectiveBackward
 from pint_fem.resnet.parallel.random_numbers import devices_of, mixed_seed, own_random_numbers, seed_generators
+from pint_fem.resnet.parallel.transport import broadcast
 from pint_fem.resnet.training.optimisers import mark_distributed
 
 __all__ = ["DistributedParameters", "Elsewhere", "require_unshared"]
@@ -104,9 +105,7 @@ class DistributedParameters(nn.Module):
         if self.grid.data_size > 1:
             with torch.no_grad():
                 for t in (*self.parameters(), *self.buffers()):
-                    values = t.detach().cpu().contiguous()
-                    self.grid.data_comm.Bcast(values.reshape(-1).view(torch.uint8).numpy(), root=0)
-                    t.copy_(values)
+                    t.copy_(broadcast(self.grid.data_comm, t.detach().contiguous(), 0))
 
     def _mark_distributed(self) -> None:
         """Mark the parameters, so that optimisers that would sum over those of this rank alone are refused."""

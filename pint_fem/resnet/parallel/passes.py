@@ -13,7 +13,7 @@ from pint_fem.collective import all_ranks, mark_shared
 from pint_fem.errors import InputError
 from pint_fem.resnet.grid import Grid
 from pint_fem.resnet.parallel.random_numbers import mixed_seed, seed_generators
-from pint_fem.resnet.parallel.stage import are_finite, stack_means
+from pint_fem.resnet.parallel.stage import are_finite, means_over_groups
 
 if TYPE_CHECKING:
     from pint_fem.resnet.parallel.module import LayerParallelModule
@@ -116,4 +116,4 @@ class Pass:
 
     def mean_over_data(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Means over the data groups, if they take part."""
-        return stack_means(self.grid, gradients) if self.shares else list(gradients)
+        return means_over_groups(self.grid, gradients) if self.shares else list(gradients)

@@ -17,8 +17,9 @@ from pint_fem.errors import InputError
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.mgrit.solver import MGRIT
 from pint_fem.resnet.grid import Grid
+from pint_fem.resnet.row_exchange import RowExchange
 
-__all__ = ["SweepSolvers", "layers_of_others"]
+__all__ = ["SweepSolvers", "own_numbers"]
 
 
 class _Norms:
@@ -112,8 +113,8 @@ class SweepSolvers:
             raise InputError("mgrit coarsening by lists of points: give factors for layers")
         self.options = MGRITOptions.make(options, levels=len(factors) + 1, check="cycle")
         self.bounds, reversed_bounds = _shares(nlayers, grid.layer_size)
-        rank = grid.layer_comm.rank
-        self.lo, self.hi = self.bounds[rank], self.bounds[rank + 1]
+        own = own_numbers(nlayers, grid)
+        self.lo, self.hi = own.start, own.stop
         self.k = self.hi - self.lo
         self.strides = [1]
         for m in factors:
@@ -139,6 +140,15 @@ class SweepSolvers:
         for solver in (*self.solvers.values(), *self._serial_solvers.values()):
             for part in (solver, *solver.levels):
                 part.trace = trace
+
+    def exchanges_of_layers(self, *, needed: bool) -> list[RowExchange | None]:
+        """For each level the exchange of layers at its points that another rank has; ``None`` where there are none, or
+        none are ``needed``.
+        """
+        levels = zip(self.solvers["forward"].levels, self.strides, strict=True)
+        rows = [_layers_of_others(level.bounds, self.bounds, s) if needed else None for level, s in levels]
+        comm = self.grid.layer_comm
+        return [None if each is None else RowExchange(comm, self.bounds, each) for each in rows]
 
     # -- sweeps --------------------------------------------------------------------------------------------------------
     def _solve(
@@ -179,6 +189,12 @@ class SweepSolvers:
         return copied(array[self._c_rows(name)])
 
 
+def own_numbers(nlayers: int, grid: Grid) -> range:
+    """Numbers of the layers of this rank."""
+    bounds, rank = _shares(nlayers, grid.layer_size)[0], grid.layer_comm.rank
+    return range(bounds[rank], bounds[rank + 1])
+
+
 # cached: simulated ranks in one process share what does not depend on the rank
 @lru_cache(maxsize=16)
 def _shares(nlayers: int, ranks: int) -> tuple[Bounds, Bounds]:
@@ -188,7 +204,7 @@ def _shares(nlayers: int, ranks: int) -> tuple[Bounds, Bounds]:
 
 
 @lru_cache(maxsize=64)
-def layers_of_others(level: Bounds, bounds: Bounds, stride: int) -> list[list[int]] | None:
+def _layers_of_others(level: Bounds, bounds: Bounds, stride: int) -> list[list[int]] | None:
     """Layers at a level's points that each rank needs and does not own; ``None`` where there are none."""
     needed = [
         [a * stride] if b > a and a * stride < lo else []

@@ -20,7 +20,7 @@ from pint_fem.resnet.iterations import Adaptive, Iterations
 if TYPE_CHECKING:
     from pint_fem.resnet.parallel.passes import Pass
 
-__all__ = ["Propagation", "Stage", "are_finite", "stack_means"]
+__all__ = ["Propagation", "Stage", "are_finite", "means_over_groups"]
 
 Tensor = torch.Tensor
 
@@ -258,7 +258,7 @@ class _TrajectoryOwner:
         self.stage.release(self.trajectory)
 
 
-def stack_means(grid: Grid, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+def means_over_groups(grid: Grid, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Means of gradients over the data groups, in one message of each type of values (collective)."""
     if grid.data_size == 1:
         return list(gradients)
