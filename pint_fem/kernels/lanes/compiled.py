@@ -27,6 +27,7 @@ DISABLE = "PINT_FEM_NO_KERNELS"
 _FLAGS = (
     "-fno-fast-math",
     "-ffp-contract=fast",
+    "--param=avoid-fma-max-bits=0",  # for some processors GCC fuses chains of vectors otherwise than those of scalars
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-tree-vectorize",

@@ -87,6 +87,16 @@ class Lower:
         self.entries = int(self.tile_ptr[-1] + self.triangle_ptr[-1])
         self._kept: dict[tuple, tuple] = {}
 
+    @classmethod
+    def identity(cls, n: int) -> Lower:
+        """The identity of ``n`` rows, by which kernels do nothing."""
+        made = cls.__new__(cls)
+        made.n, made.panels, made.entries = n, 0, 0
+        made.starts, made.rows = np.zeros(1, np.int32), np.full(1, n, np.int32)
+        made.row_ptr = made.triangle_ptr = made.tile_ptr = np.zeros(1, np.int64)
+        made.triangles, made.tiles, made._kept = aligned(1), aligned(1), {}
+        return made
+
     def struct(self, dtype: np.dtype) -> LowerStruct:
         """The struct of the kernels, with entries of a type."""
         if dtype not in self._kept:
@@ -157,6 +167,18 @@ class TriangularFactors:
             self.symmetric = False
             if not (self._factor_with_pivots(matrix) and self.is_accurate(matrix)):
                 raise ArithmeticError("the triangular factors of a matrix are not accurate")
+
+    @classmethod
+    def of_parts(cls, order: np.ndarray, left: Lower, right: Lower, inverse_diagonal: np.ndarray) -> TriangularFactors:
+        """The factors ``left D right^T`` of a matrix in the given order of elimination; the diagonal is not applied
+        where ``left`` is :meth:`Lower.identity`.
+        """
+        made = cls.__new__(cls)
+        made.symmetric, made.n, made.order = left is right, len(order), order
+        made.enter = made.leave = None
+        made._kernels, made._structs = kernels(), {}
+        made.left, made.right, made.inverse_diagonal = left, right, inverse_diagonal
+        return made
 
     def _factor_without_pivots(self, matrix: csc_matrix, lu: Any | None) -> bool:
         """Factor in the given order; whether all pivots are finite and not zero."""
