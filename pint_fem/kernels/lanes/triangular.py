@@ -1,9 +1,10 @@
 r"""Sparse factors :math:`P A P^T = L D R^T` for solves on lanes, with ``L`` and ``R`` unit lower triangular.
 
 The factors are SuperLU's, in an order that reduces the fill: minimum degree, or nested dissection by METIS, whichever
-has fewer nonzeros. Where the matrix is symmetric, ``R = L`` is stored once. Pivots are taken from the diagonal; a
-matrix for which a trial solve is then not accurate is factored with partial pivoting, where rows have another order
-than columns.
+has fewer nonzeros. Large symmetric positive definite matrices are factored by dense fronts
+(:mod:`~pint_fem.kernels.lanes.multifrontal`). Where the matrix is symmetric, ``R = L`` is stored once. Pivots are taken
+from the diagonal; a matrix for which a trial solve is then not accurate is factored with partial pivoting, where rows
+have another order than columns.
 
 Adjacent columns of ``L`` are stored as *panels*, dense blocks that include zeros where arithmetic with them costs less
 than another pass over the rows (``panels.c``).
@@ -20,6 +21,7 @@ from scipy.sparse import csc_matrix, csr_matrix, tril
 from scipy.sparse.linalg import splu
 
 from pint_fem.kernels.lanes.compiled import address, aligned
+from pint_fem.kernels.lanes.multifrontal import Elimination, EliminationTree, eliminate
 from pint_fem.kernels.lanes.ordering import nested_dissection
 from pint_fem.kernels.lanes.structures import FactorStruct, LowerStruct, kernels
 
@@ -30,9 +32,13 @@ ACCURATE = 1e-11
 COSTS = np.array([4.0, 1.5, 1.0])
 """Estimated times of a panel, of each of its rows, and of each entry, in units of the last."""
 LARGE = 1_000_000
-"""Nonzeros of a factor above which only nested dissection is tried."""
+"""Nonzeros of a factor above which only nested dissection is tried, and dense fronts where the matrix is positive
+definite.
+"""
 LARGEST = 20_000_000
-"""Nonzeros of a factor above which there is none: SuperLU takes much longer than packages with dense kernels then."""
+"""Nonzeros of a factor above which there is none by SuperLU, which takes much longer than packages with dense kernels."""
+LARGEST_POSITIVE = 120_000_000
+"""Nonzeros of a factor above which there is none of a positive definite matrix: 1 GB."""
 
 
 class Lower:
@@ -158,7 +164,7 @@ class TriangularFactors:
         self.symmetric = symmetric
         self.n = matrix.shape[0]
         matrix = csc_matrix(matrix)
-        self.order, lu = fill_reducing_order(matrix) if order is None else (order, None)
+        self.order, lu = fill_reducing_order(matrix, symmetric=symmetric) if order is None else (order, None)
         self.enter: np.ndarray | None = None
         self.leave: np.ndarray | None = None
         self._kernels = kernels()
@@ -182,6 +188,15 @@ class TriangularFactors:
 
     def _factor_without_pivots(self, matrix: csc_matrix, lu: Any | None) -> bool:
         """Factor in the given order; whether all pivots are finite and not zero."""
+        if lu is None and self.symmetric:
+            lu = _by_fronts(matrix, self.order)
+            if lu is not None and not np.array_equal(lu.order, self.order):
+                place = np.empty(self.n, np.int64)
+                place[self.order] = np.arange(self.n)
+                self.enter = place[lu.order]
+                self.leave = np.argsort(self.enter)
+        if isinstance(lu, Elimination):
+            return self._store_positive(lu)
         if lu is None:
             lu = _without_pivots(matrix[self.order][:, self.order])
             if lu is None:
@@ -201,6 +216,17 @@ class TriangularFactors:
             raise ArithmeticError(f"a matrix is singular ({error})") from error
         self.enter, self.leave = np.argsort(lu.perm_r), lu.perm_c.astype(np.int64)
         return self._store(lu)
+
+    def _store_positive(self, found: Elimination) -> bool:
+        """Store factors by dense fronts; whether all inverses of pivots are finite."""
+        self.inverse_diagonal = aligned(self.n)
+        with np.errstate(over="ignore"):
+            self.inverse_diagonal[:] = 1.0 / found.diagonal
+        if not np.isfinite(self.inverse_diagonal).all():
+            return False
+        self._structs.clear()
+        self.left = self.right = Lower(found.lower)
+        return True
 
     def _store(self, lu: Any) -> bool:
         """Store factors of SuperLU; whether all pivots and their inverses are finite."""
@@ -279,21 +305,33 @@ class TriangularFactors:
         return sum(part.nbytes for part in both) + self.inverse_diagonal.nbytes
 
 
-def fill_reducing_order(matrix: csc_matrix) -> tuple[np.ndarray, Any | None]:
+def fill_reducing_order(matrix: csc_matrix, *, symmetric: bool = False) -> tuple[np.ndarray, Any | None]:
     """The order of elimination with the fewest nonzeros in a factor: minimum degree or nested dissection.
+
+    Parameters
+    ----------
+    matrix
+        The matrix.
+    symmetric
+        Whether it is symmetric: large ones that are positive definite are factored by dense fronts.
 
     Returns
     -------
     ndarray, object
-        The order ``(n,)``, and SuperLU's factor without pivots in this order; ``None`` where a pivot is zero.
+        The order ``(n,)``, and the factor without pivots in this order, by SuperLU or by dense fronts; ``None`` where
+        a pivot is zero.
 
     Raises
     ------
     ArithmeticError
-        If the factor has more than :data:`LARGEST` nonzeros.
+        If the factor has more than :data:`LARGEST` nonzeros, or :data:`LARGEST_POSITIVE` by dense fronts.
     """
     dissection = nested_dissection(_symmetric_pattern(matrix))
     found = [] if dissection is None else [(dissection, "NATURAL")]
+    if dissection is not None and symmetric:
+        by_fronts = _by_fronts(matrix, dissection)
+        if by_fronts is not None:
+            return by_fronts.order, by_fronts
     fill = 0 if dissection is None else _fill(matrix, dissection)
     if fill > LARGEST or (dissection is None and matrix.shape[0] > LARGEST // 100):
         raise ArithmeticError("a matrix is too large for triangular factors: its factor is left to PETSc")
@@ -306,6 +344,19 @@ def fill_reducing_order(matrix: csc_matrix) -> tuple[np.ndarray, Any | None]:
         return found[0][0], None
     order, lu = min(made, key=lambda pair: pair[1].nnz)
     return order[np.argsort(lu.perm_c)], lu
+
+
+def _by_fronts(matrix: csc_matrix, order: np.ndarray) -> Elimination | None:
+    """The factor of a large positive definite matrix in an order of elimination; ``None`` for others."""
+    if matrix.nnz == 0 or not (matrix.diagonal() > 0).all():
+        return None
+    tree = EliminationTree.of_pattern(csr_matrix(matrix), order, most=LARGEST_POSITIVE)
+    if not LARGE <= tree.fill <= LARGEST_POSITIVE:
+        return None
+    try:
+        return eliminate(csr_matrix(matrix), tree)
+    except ArithmeticError:  # it is indefinite
+        return None
 
 
 def _without_pivots(matrix: csc_matrix, kind: str = "NATURAL") -> Any | None:

@@ -8,7 +8,7 @@ one on the rank with the larger number. Without it the matrix falls into one blo
     \end{pmatrix} , \qquad
     S = A_{\Gamma\Gamma} - \sum_p A_{\Gamma p} A_{pp}^{-1} A_{p\Gamma} ,
 
-which each rank factors for itself (:mod:`~pint_fem.kernels.space.multifrontal`), with its part of the Schur complement
+which each rank factors for itself (:mod:`~pint_fem.kernels.lanes.multifrontal`), with its part of the Schur complement
 :math:`S`. A solve is forward substitution on each rank, one exchange of the interface's right-hand sides, the product
 with :math:`S^{-1}`, of which each rank has some rows, one exchange of the results, and backward substitution (B. Smith,
 P. Bjorstad, W. Gropp, Domain Decomposition, 1996, chapter 4). A rank reads its share of the factor only, so that the
@@ -19,7 +19,6 @@ others are solved for with it.
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,11 +31,11 @@ from pint_fem.all_at_once.grids import split_steps
 from pint_fem.collective import all_ranks
 from pint_fem.kernels.lanes.compiled import aligned
 from pint_fem.kernels.lanes.lane_steps import LaneSteps
+from pint_fem.kernels.lanes.multifrontal import EliminationTree, eliminate
 from pint_fem.kernels.lanes.ordering import nested_dissection
 from pint_fem.kernels.lanes.program import STATE, StepProgram
 from pint_fem.kernels.lanes.triangular import Lower, TriangularFactors
 from pint_fem.kernels.space.compiled import block_kernels, lanes_for
-from pint_fem.kernels.space.multifrontal import EliminationTree, eliminate
 
 __all__ = ["LARGEST_INTERFACE", "Partition", "Substructuring"]
 

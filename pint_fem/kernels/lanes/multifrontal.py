@@ -67,7 +67,9 @@ class EliminationTree:
     operations: float
 
     @classmethod
-    def of_pattern(cls, pattern: csr_matrix, order: np.ndarray, kept: int = 0) -> EliminationTree:
+    def of_pattern(
+        cls, pattern: csr_matrix, order: np.ndarray, kept: int = 0, most: float = np.inf
+    ) -> EliminationTree:
         """The tree of a matrix's symmetric pattern.
 
         Parameters
@@ -78,6 +80,8 @@ class EliminationTree:
             An order of elimination ``(n,)`` that limits the fill; the last ``kept`` unknowns are not eliminated.
         kept
             Their number.
+        most
+            Nonzeros of a factor above which the count stops: then only :attr:`fill` is of use, which is larger.
 
         Raises
         ------
@@ -94,9 +98,12 @@ class EliminationTree:
         parent, count, seen = np.empty(m, np.int32), np.empty(m, np.int64), np.empty(n, np.int32)
         fill = int(
             compiled.elimination_tree(
-                ctypes.c_int(n), ctypes.c_int(m), *(address(a) for a in (ptr, index, parent, count, seen))
+                ctypes.c_int(n), ctypes.c_int(m), *(address(a) for a in (ptr, index, parent, count, seen)),
+                ctypes.c_int64(int(min(most, 2**62))),
             )
         )
+        if fill > most:
+            return cls(order, kept, np.zeros(1, np.int64), np.empty(0, np.int64), fill, np.inf)
         after, size = np.empty(m, np.int32), np.empty(m, np.int32)
         if compiled.postorder(ctypes.c_int(m), address(parent), address(after), address(size)) < 0:
             raise MemoryError("no memory for the order of an elimination tree")
@@ -152,11 +159,14 @@ class Elimination:
         ``D`` of the unknowns that are eliminated, positive.
     schur : ndarray
         ``S``, ``(kept, kept)``, symmetric.
+    order : ndarray
+        The order of the tree.
     """
 
     lower: csc_matrix
     diagonal: np.ndarray
     schur: np.ndarray
+    order: np.ndarray
 
 
 def eliminate(matrix: csr_matrix, tree: EliminationTree) -> Elimination:
@@ -174,65 +184,61 @@ def eliminate(matrix: csr_matrix, tree: EliminationTree) -> Elimination:
     ArithmeticError
         If the part that is eliminated is not positive definite to working precision.
     """
-    n, starts = len(tree.order), tree.fronts
+    n, starts, compiled = len(tree.order), tree.fronts, _functions()
+    compiled.store_columns.restype = ctypes.c_int64
     m, count = n - tree.kept, len(starts) - 1
     columns = csc_matrix(tril(_permuted(matrix, tree.order), format="csc"))
     columns.sort_indices()
     ptr, index, values = columns.indptr, columns.indices, columns.data
     waiting: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(count + 1)]
-    where, diagonal = np.empty(n, np.int64), np.empty(m)
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    where, diagonal = np.empty(n, np.int32), np.empty(m)
+    counts, found_rows, found_values = np.zeros(n, np.int64), np.empty(tree.fill, np.int32), np.empty(tree.fill)
+    stored = 0
     for front in range(count):
         first, last = int(starts[front]), int(starts[front + 1])
         width, own = last - first, slice(ptr[first], ptr[last])
-        found = [index[own], *(rows for rows, _ in waiting[front])]
-        below = np.unique(np.concatenate(found))
-        rows = np.concatenate([np.arange(first, last), below[np.searchsorted(below, last) :]])
+        below = np.unique(np.concatenate([index[own], *(rows for rows, _ in waiting[front])]))
+        rows = np.concatenate([np.arange(first, last), below[np.searchsorted(below, last) :]]).astype(np.int32)
         size = len(rows)
         where[rows] = np.arange(size)
-        F = np.zeros((size, size), order="F")
-        F[where[index[own]], np.repeat(np.arange(width), np.diff(ptr[first : last + 1]))] = values[own]
-        _extend_add(F, waiting[front], where)
+        panel, rest = np.zeros((size, width), order="F"), np.zeros((size - width, size - width), order="F")
+        panel[where[index[own]], np.repeat(np.arange(width), np.diff(ptr[first : last + 1]))] = values[own]
+        _extend_add(waiting[front], where, panel, rest)
         waiting[front] = []
-        L11, info = dpotrf(F[:width, :width], lower=1, clean=1)
+        L11, info = dpotrf(panel[:width], lower=1, clean=1)
         if info or not np.isfinite(L11[-1, -1]):
             raise ArithmeticError("a matrix is not positive definite: a pivot of its factor is not positive")
-        d = L11.diagonal()
+        d = L11.diagonal().copy()
         diagonal[first:last] = d**2
+        panel[:width] = L11
         if size > width:
-            L21 = dtrsm(1.0, L11, F[width:, :width], side=1, lower=1, trans_a=1)
-            rest = np.asfortranarray(F[width:, width:])
-            waiting[tree.parent[front]].append(
-                (rows[width:], dsyrk(-1.0, L21, beta=1.0, c=rest, lower=1, overwrite_c=1))
-            )
-            panel = np.concatenate([L11, L21])
-        else:
-            panel = L11
+            L21 = dtrsm(1.0, L11, panel[width:], side=1, lower=1, trans_a=1)
+            panel[width:] = L21
+            rest = dsyrk(-1.0, L21, beta=1.0, c=rest, lower=1, overwrite_c=1)
+            waiting[tree.parent[front]].append((rows[width:], rest))
         panel /= d
-        panel[np.arange(width), np.arange(width)] = 0.0
-        column, row = np.nonzero(panel.T)
-        parts.append((np.bincount(column, minlength=width), rows[row].astype(np.int32), panel[row, column]))
-    lower = _assembled(n, m, parts)
+        stored = compiled.store_columns(
+            ctypes.c_int(size), ctypes.c_int(width), address(panel), address(rows), ctypes.c_int64(stored),
+            ctypes.c_int64(tree.fill), address(found_rows), address(found_values), address(counts[first:]),
+        )  # fmt: skip
+        if stored < 0:
+            raise ArithmeticError("a factor has more nonzeros than its pattern")
+    lower_ptr = np.concatenate([[0], np.cumsum(counts)])
+    lower = csc_matrix((found_values[:stored], found_rows[:stored], lower_ptr), (n, n))
     where[m:] = np.arange(tree.kept)
     S = np.asfortranarray(columns[m:, m:].toarray())
-    _extend_add(S, waiting[count], where)
-    S = np.tril(S) + np.tril(S, -1).T
-    return Elimination(lower, diagonal, S)
+    _extend_add(waiting[count], where, np.empty((len(S), 0)), S)
+    return Elimination(lower, diagonal, np.tril(S) + np.tril(S, -1).T, tree.order)
 
 
-def _extend_add(F: np.ndarray, updates: list[tuple[np.ndarray, np.ndarray]], where: np.ndarray) -> None:
-    """Add update matrices, whose lower triangles are given, at the places of their rows."""
+def _extend_add(
+    updates: list[tuple[np.ndarray, np.ndarray]], where: np.ndarray, panel: np.ndarray, rest: np.ndarray
+) -> None:
+    """Add update matrices, whose lower triangles are given, at the places of their rows in a front."""
+    size, width = panel.shape
     for rows, update in updates:
         at = where[rows]
-        if at[-1] - at[0] + 1 == len(at):
-            F[at[0] : at[-1] + 1, at[0] : at[-1] + 1] += update
-        else:
-            F.T[np.ix_(at, at)] += update.T  # both are stored by columns
-
-
-def _assembled(n: int, m: int, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> csc_matrix:
-    """The matrix of columns that are given by fronts."""
-    counts = np.concatenate([p[0] for p in parts] + [np.zeros(n - m, np.int64)]).astype(np.int64)
-    ptr = np.concatenate([[0], np.cumsum(counts)])
-    join = lambda k, dtype: np.concatenate([p[k] for p in parts]) if parts else np.empty(0, dtype)
-    return csc_matrix((join(2, float), join(1, np.int32), ptr), (n, n))
+        _functions().extend_add(
+            ctypes.c_int(len(at)), address(at), address(update), ctypes.c_int(size), ctypes.c_int(width),
+            address(panel), address(rest),
+        )  # fmt: skip

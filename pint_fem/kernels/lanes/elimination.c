@@ -4,13 +4,14 @@
 
 /* parent (m): the next unknown that an unknown is coupled to when it is eliminated, m or more where that is not
    eliminated, -1 where there is none; count (m): the nonzeros of its column in the factor, below the diagonal. The pattern
-   is given by rows, sorted or not; seen (n) is work memory. Returns the number of nonzeros. (Liu, ACM Trans. Math. Softw.
+   is given by rows, sorted or not; seen (n) is work memory. The count stops above `most`. Returns the number of nonzeros. (Liu, ACM Trans. Math. Softw.
    12, 1986: row i of the factor is the subtree of the tree that the entries of row i span.) */
-int64_t elimination_tree(int n, int m, const int64_t *ptr, const int *index, int *parent, int64_t *count, int *seen) {
+int64_t elimination_tree(int n, int m, const int64_t *ptr, const int *index, int *parent, int64_t *count, int *seen,
+                         int64_t most) {
     int64_t total = 0;
     for (int j = 0; j < m; j++) parent[j] = -1, count[j] = 0;
     for (int i = 0; i < n; i++) seen[i] = -1;
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n && total <= most; i++) {
         if (i < m) seen[i] = i;
         for (int64_t k = ptr[i]; k < ptr[i + 1]; k++)
             for (int j = index[k]; j < i && j < m && j >= 0 && seen[j] != i; j = parent[j]) {
@@ -45,4 +46,39 @@ int postorder(int m, const int *parent, int *order, int *size) {
     }
     free(first), free(next), free(stack);
     return count;
+}
+
+/* Add the lower triangle of an update matrix, n x n by columns, to a front: its columns that are eliminated, size x width,
+   and the rest, whose lower triangle is stored. at: the front's row of each of the update's. */
+void extend_add(int n, const int *at, const double *update, int size, int width, double *panel, double *rest) {
+    const int64_t below = size - width;
+    for (int j = 0; j < n; j++) {
+        const double *from = update + (int64_t)j * n;
+        if (at[j] < width) {
+            double *to = panel + (int64_t)at[j] * size;
+            for (int i = j; i < n; i++) to[at[i]] += from[i];
+        } else {
+            double *to = rest + (at[j] - width) * below - width;
+            for (int i = j; i < n; i++) to[at[i]] += from[i];
+        }
+    }
+}
+
+/* Store the nonzeros of some columns of L, size x width by columns with ones on the diagonal, from `first` on. rows are those
+   of the columns; counts (width) receives the numbers of nonzeros. Returns where the next ones begin, or -1 if there is
+   no space. */
+int64_t store_columns(int size, int width, const double *panel, const int *rows, int64_t first, int64_t space, int *index,
+                      double *value, int64_t *counts) {
+    for (int j = 0; j < width; j++) {
+        const double *column = panel + (int64_t)j * size;
+        const int64_t begin = first;
+        if (first + size > space) {
+            int64_t count = 0;
+            for (int i = j + 1; i < size; i++) count += column[i] != 0.0;
+            if (first + count > space) return -1;
+        }
+        for (int i = j + 1; i < size; i++) if (column[i] != 0.0) index[first] = rows[i], value[first++] = column[i];
+        counts[j] = first - begin;
+    }
+    return first;
 }
