@@ -19,6 +19,7 @@ from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.kernels.arrays import get, is_real, own_size, put
 from pint_fem.kernels.factor import Factor, is_symmetric
+from pint_fem.kernels.multigrid import Geometry
 
 __all__ = ["ControlInner", "RieszMap"]
 
@@ -41,6 +42,8 @@ class RieszMap:
     kind
         One of the above, a symmetric positive definite bilinear form on the space (such as that of a prior), or a
         ``firedrake.RieszMap``.
+    reproducible
+        Whether results on several ranks in space are the same bits in each run.
 
     Attributes
     ----------
@@ -55,7 +58,7 @@ class RieszMap:
         If the kind is none of these, or the form does not fit.
     """
 
-    def __init__(self, space: WithGeometry, kind: RieszKind):
+    def __init__(self, space: WithGeometry, kind: RieszKind, *, reproducible: bool = False):
         a, b = TrialFunction(space), TestFunction(space)
         given = isinstance(kind, ufl.Form)
         if given and [arg.function_space() for arg in kind.arguments()] != [space, space]:
@@ -88,7 +91,8 @@ class RieszMap:
             self._matrix = assemble(self.form, mat_type="aij").petscmat
             if not is_symmetric(self._matrix):
                 raise InputError("riesz map: the bilinear form is not symmetric")
-            self._factor = Factor(self._matrix, {}, symmetric=True, prefix="pint_riesz_")
+            given = dict(geometry=Geometry(space), reproducible=reproducible, few=True)
+            self._factor = Factor(self._matrix, {}, symmetric=True, prefix="pint_riesz_", **given)
             self._x, self._y = self._matrix.createVecs()
 
     def primal(self, dual: np.ndarray) -> np.ndarray:
@@ -145,7 +149,9 @@ class ControlInner:
         kinds = list(kinds) if isinstance(kinds, (list, tuple)) else [kinds] * len(controls)
         if len(kinds) != len(controls):
             raise InputError(f"riesz_map: {len(kinds)} kinds for {len(controls)} controls; give one, or one for each")
-        make = lambda c, kind: kind if isinstance(kind, RieszMap) else RieszMap(c.function_space(), kind)
+        same = layout.evolution.reproducible
+        made = lambda c, kind: RieszMap(c.function_space(), kind, reproducible=same)
+        make = lambda c, kind: kind if isinstance(kind, RieszMap) else made(c, kind)
         self.maps = {c: make(c, kind) for c, kind in zip(controls, kinds, strict=True)}
 
     def _apply(self, name: str, z: np.ndarray, weight: float) -> np.ndarray:

@@ -94,6 +94,8 @@ class Evolution:
         coefficients), whatever the state had (:mod:`~pint_fem.kernels.nullspace`).
     near_nullspace
         Basis for algebraic multigrid, such as rigid body modes.
+    reproducible
+        Whether results on several ranks in space are the same bits in each run; the fastest solvers are not all so.
 
     Attributes
     ----------
@@ -146,6 +148,7 @@ class Evolution:
         nullspace: VectorSpaceBasis | MixedVectorSpaceBasis | None = None,
         transpose_nullspace: VectorSpaceBasis | MixedVectorSpaceBasis | None = None,
         near_nullspace: VectorSpaceBasis | MixedVectorSpaceBasis | None = None,
+        reproducible: bool = False,
     ):
         arguments.check_state_and_steps(u, dt, nsteps)
         residual, self.loads = without_loads(residual)
@@ -184,7 +187,7 @@ class Evolution:
         self.boundary_controls = boundary_controls(self.bcs, V, self.parameters, u, t)
         self.solver_parameters = dict(solver_parameters or {})
         require_types(self.solver_parameters, "pint_")
-        self.options_prefix = ""
+        self.options_prefix, self.reproducible = "", bool(reproducible)
         self.eliminate = arguments.checked_field(eliminate, V, self.bcs)
         self.nullspace = read_nullspace(V, nullspace, transpose_nullspace, near_nullspace)
         self.bases = dict(nullspace=nullspace, transpose_nullspace=transpose_nullspace, near_nullspace=near_nullspace)
@@ -239,8 +242,8 @@ class Evolution:
             control=[own(c) for c in self.controls], per_step=[own(c) for c in self.stepwise],
             t=None if self.t is None else own(self.t), t0=self.t0, initial=initial,
             bcs=[copies.condition(*pair) for pair in zip(self.bcs, self.given_bcs, strict=True)],
-            solver_parameters=self.solver_parameters,
-            eliminate=self.eliminate, **self.bases,
+            solver_parameters=self.solver_parameters, eliminate=self.eliminate, reproducible=self.reproducible,
+            **self.bases,
         )  # fmt: skip
         made.posed, made.copies = self, copies
         if self.initial_expression is not None:

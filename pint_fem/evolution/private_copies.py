@@ -53,7 +53,7 @@ def riesz_representative(load: Cofunction, into: Function | None = None) -> Func
         mass = assemble(form, mat_type="aij").petscmat
         x, b = mass.createVecs()
         b.array[:] = get(load)
-        Factor(mass, {}, symmetric=True, prefix="pint_riesz_").solve(b, x)
+        Factor(mass, {}, symmetric=True, prefix="pint_riesz_", few=True).solve(b, x)
         put(f, x.array_r)
     return f
 

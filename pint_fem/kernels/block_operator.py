@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 from firedrake.petsc import PETSc
 
+from pint_fem.collective import all_ranks
 from pint_fem.kernels.direct import matrix_bytes
 from pint_fem.kernels.factor import Factor
 from pint_fem.kernels.lanes.lane_steps import LaneSteps
@@ -14,6 +15,8 @@ from pint_fem.kernels.lanes.products import LaneProduct
 from pint_fem.kernels.lanes.program import STATE, StepProgram
 from pint_fem.kernels.lanes.structures import kernels
 from pint_fem.kernels.replication import Replication, whole_matrix
+from pint_fem.kernels.space.compiled import block_kernels
+from pint_fem.kernels.space.matrices import BlockMatrix
 from pint_fem.kernels.steps import execution
 
 __all__ = ["BlockOperator", "ManySolves"]
@@ -31,9 +34,11 @@ class BlockOperator:
     def __init__(self, matrix: PETSc.Mat):
         self.matrix = matrix
         (self.rows, _), (self._columns, _) = matrix.getSizes()
-        self._product = None
+        self._product, self._distributed = None, None
         if matrix.comm.size == 1 and kernels() is not None:
             self._product = LaneProduct(whole_matrix(matrix))
+        elif all_ranks(matrix.comm.tompi4py(), block_kernels(1) is not None):
+            self._distributed = BlockMatrix.of_petsc(matrix)
         else:
             self._x, self._y = matrix.createVecs()
 
@@ -42,6 +47,8 @@ class BlockOperator:
         """Bytes of the matrix on this rank, and of its copy for the kernels or of PETSc's work vectors."""
         if self._product is not None:
             return {"matrices": matrix_bytes(self.matrix), "kernels": self._product.nbytes}
+        if self._distributed is not None:
+            return {"matrices": matrix_bytes(self.matrix), "kernels": self._distributed.nbytes}
         return {"matrices": matrix_bytes(self.matrix), "vectors": 8 * (self.rows + self._columns)}
 
     def __call__(self, states: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -52,6 +59,9 @@ class BlockOperator:
             out = np.empty((len(states), self.rows))
         if self._product is not None:
             self._product(np.require(states, float, "CA"), out)
+            return out
+        if self._distributed is not None:
+            self._distributed.product_of_rows(states, out)
             return out
         for state, result in zip(states, out, strict=True):
             self._x.array[:] = state

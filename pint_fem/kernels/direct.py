@@ -15,6 +15,7 @@ from petsctools import flatten_parameters
 from pint_fem.errors import SolverFailure
 
 __all__ = [
+    "DISTRIBUTED",
     "REDUNDANT",
     "added",
     "completed",
@@ -30,6 +31,8 @@ __all__ = [
 
 REDUNDANT = 20_000
 """Unknowns of a system up to which each rank in space factors the whole of it."""
+DISTRIBUTED = 500_000
+"""Unknowns of a system up to which the ranks in space factor it together where options choose no solver."""
 _ITERATE = {"ksp_type": "gmres", "ksp_gmres_restart": 60, "ksp_rtol": 1e-14, "ksp_max_it": 2000}
 _SUBDOMAINS = {"pc_type": "asm", "pc_asm_type": "basic", "pc_asm_overlap": 3}
 _BYTES = 12  # of an entry of a factor with its index
@@ -65,17 +68,22 @@ def direct_solver(comm: MPI.Comm, unknowns: int, *, spd: bool = False) -> dict |
     return {"ksp_type": "preonly", "pc_type": "redundant", **{f"redundant_{k}": v for k, v in factor.items()}}
 
 
-def default_solver(comm: MPI.Comm, unknowns: int, *, spd: bool = False) -> dict:
-    """PETSc options of a bitwise reproducible solve to round-off: those of :func:`direct_solver`, with its parameters,
-    and for large systems on several ranks a Krylov iteration with overlapping subdomains that are factored.
+def default_solver(comm: MPI.Comm, unknowns: int, *, spd: bool = False, reproducible: bool = False) -> dict:
+    """PETSc options of a solve to round-off: those of :func:`direct_solver`, with its parameters, and for larger systems
+    on several ranks MUMPS, whose results are not the same bits in each run. Where they have to be, and for systems with
+    more than :data:`DISTRIBUTED` unknowns, a Krylov iteration with overlapping subdomains that are factored.
     """
     direct = direct_solver(comm, unknowns, spd=spd)
     if direct is not None:
         return direct
+    if not reproducible and unknowns <= DISTRIBUTED:
+        return {
+            "ksp_type": "preonly", "pc_type": "cholesky" if spd else "lu", "pc_factor_mat_solver_type": "mumps",
+        }  # fmt: skip
     return {**_ITERATE, "ksp_type": "cg" if spd else "gmres", **_SUBDOMAINS, "sub_pc_type": "cholesky" if spd else "lu"}
 
 
-def completed(parameters: Mapping, comm: MPI.Comm, unknowns: int) -> dict:
+def completed(parameters: Mapping, comm: MPI.Comm, unknowns: int, *, reproducible: bool = False) -> dict:
     """A user's PETSc options, flat, with defaults for options that are not given.
 
     Options without ``ksp_`` or ``pc_`` are added to :func:`default_solver`; a factorisation alone is applied once; any
@@ -89,11 +97,13 @@ def completed(parameters: Mapping, comm: MPI.Comm, unknowns: int) -> dict:
         Communicator of the matrix.
     unknowns
         Number of rows on all ranks.
+    reproducible
+        As of :func:`default_solver`.
     """
     given = flatten_parameters(parameters)
     method, pc = given.get("ksp_type"), given.get("pc_type")
     if not any(name.startswith(("ksp_", "pc_")) for name in given):
-        return {**default_solver(comm, unknowns), **given}
+        return {**default_solver(comm, unknowns, reproducible=reproducible), **given}
     if method == "preonly" or (method is None and pc in ("lu", "cholesky")):
         return {"ksp_type": "preonly", "pc_type": "lu", **given}
     if pc is not None:

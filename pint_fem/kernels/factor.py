@@ -12,6 +12,7 @@ from petsctools import OptionsManager
 from pint_fem.collective import all_ranks, any_rank
 from pint_fem.errors import InputError, is_numerical
 from pint_fem.kernels.direct import (
+    REDUNDANT,
     completed,
     default_solver,
     direct_solver,
@@ -25,6 +26,7 @@ from pint_fem.kernels.lanes.triangular import ACCURATE, TriangularFactors
 from pint_fem.kernels.multigrid import Geometry
 from pint_fem.kernels.nullspace import Nullspace
 from pint_fem.kernels.replication import Replication, whole_matrix
+from pint_fem.kernels.space.choice import BlockSolver, block_solver
 
 __all__ = ["Factor", "is_symmetric"]
 
@@ -69,6 +71,10 @@ class Factor:
         Nullspace of the matrix; right-hand sides are then projected in place.
     like
         A factor of a matrix with the same nonzero pattern, whose order of elimination is used.
+    reproducible
+        Whether results have to be the same bits in each run on several ranks in space.
+    few
+        Whether few solves are expected, for which a factorisation of a large matrix does not pay.
 
     Attributes
     ----------
@@ -76,6 +82,8 @@ class Factor:
         The matrix, made regular where there is a nullspace.
     triangular : TriangularFactors or None
         The factors for kernels on lanes, the same on all ranks of the matrix.
+    blocks : BlockSolver or None
+        The solver of a large symmetric matrix for blocks of states.
 
     Raises
     ------
@@ -93,13 +101,15 @@ class Factor:
         geometry: Geometry | None = None,
         nullspace: Nullspace | None = None,
         like: Factor | None = None,
+        reproducible: bool = False,
+        few: bool = False,
     ):
         if not is_finite(matrix):
             raise InputError(
                 "an operator has entries that are infinite or NaN, or too large: check the coefficients in the forms"
             )
         self.symmetric, self._geometry, self.nullspace = symmetric, geometry, nullspace
-        self._given, self._prefix = parameters, prefix
+        self._given, self._prefix, self._reproducible = parameters, prefix, reproducible
         self._parameters: dict = {}
         self._solves = _SolveRecord()
         self._singular = matrix
@@ -107,16 +117,22 @@ class Factor:
         if nullspace is not None:
             nullspace.check(matrix)
             self.matrix = nullspace.pinned(matrix)
-        self.triangular = self._triangular(like)
+        self.blocks: BlockSolver | None = None
+        self.triangular: TriangularFactors | None = None
+        if few and symmetric and matrix.getSize()[0] > REDUNDANT:
+            self.blocks = self._blocks(like, few=True)
+        if self.blocks is None:
+            self.triangular = self._triangular(like)
+        if self.blocks is None and self.triangular is None:
+            self.blocks = self._blocks(like)
         self._replication = Replication(matrix.getLocalSize()[0], matrix.comm.tompi4py())
-        if self.triangular is None:
+        if self.triangular is None and self.blocks is None:
             _ = self.ksp  # a matrix that cannot be factored raises its error here
 
     def _triangular(self, like: Factor | None) -> TriangularFactors | None:
         """The factors for the kernels, where PETSc's options do not choose another solver (collective)."""
         comm, unknowns = self.matrix.comm, self.matrix.getSize()[0]
-        chosen = self._given or PETSc.Options(self._prefix).getAll()
-        if chosen or not unknowns or direct_solver(comm, unknowns) is None:
+        if self._is_chosen or not unknowns or direct_solver(comm, unknowns) is None:
             return None
         if any_rank(comm.tompi4py(), kernels() is None):
             return None
@@ -125,6 +141,19 @@ class Factor:
         with suppress(ArithmeticError, MemoryError):
             made = TriangularFactors(whole, symmetric=self.symmetric, order=order)
         return made if all_ranks(comm.tompi4py(), made is not None) else None
+
+    @property
+    def _is_chosen(self) -> bool:
+        """Whether PETSc's options choose a solver."""
+        return bool(self._given or PETSc.Options(self._prefix).getAll())
+
+    def _blocks(self, like: Factor | None, *, few: bool = False) -> BlockSolver | None:
+        """A solver for blocks of states of a large symmetric matrix, where options choose no other (collective)."""
+        if self._is_chosen or not self.symmetric or not self.matrix.getSize()[0]:
+            return None
+        known = None if like is None else like.blocks
+        given = dict(prefix=self._prefix, reproducible=self._reproducible, few=few, like=known)
+        return block_solver(self.matrix, self._geometry, **given)
 
     # -- PETSc ---------------------------------------------------------------------------------------------------------
     @cached_property
@@ -146,7 +175,7 @@ class Factor:
         """A solver by the given options, or by Cholesky where that is accurate, else by LU."""
         comm, unknowns = matrix.comm, matrix.getSize()[0]
         if self._given:
-            given = completed(self._given, comm, unknowns)
+            given = completed(self._given, comm, unknowns, reproducible=self._reproducible)
             if self.nullspace is None or given.get("ksp_type", "preonly") == "preonly":
                 return self._set_up(matrix, given)
             (self.nullspace.transposed if transposed else self.nullspace).attach(singular)
@@ -154,14 +183,14 @@ class Factor:
         if self.symmetric and matrix.getDiagonal().min()[1] > 0:  # else it is not positive definite
             matrix.setOption(PETSc.Mat.Option.SPD, True)
             try:
-                ksp = self._set_up(matrix, default_solver(comm, unknowns, spd=True))
+                ksp = self._set_up(matrix, default_solver(comm, unknowns, spd=True, reproducible=self._reproducible))
                 if self._is_accurate(ksp, matrix):
                     return ksp
             except (PETSc.Error, ArithmeticError) as error:
                 if not is_numerical(error):
                     raise
             matrix.setOption(PETSc.Mat.Option.SPD, False)  # it is not positive definite
-        return self._set_up(matrix, default_solver(comm, unknowns))
+        return self._set_up(matrix, default_solver(comm, unknowns, reproducible=self._reproducible))
 
     def _is_accurate(self, ksp: PETSc.KSP, matrix: PETSc.Mat) -> bool:
         """Whether a trial solve is accurate to round-off: CHOLMOD factors indefinite matrices too, without pivots."""
@@ -204,6 +233,8 @@ class Factor:
     @property
     def is_direct(self) -> bool:
         """Whether solves are by factors of the whole matrix."""
+        if self.blocks is not None:
+            return self.blocks.is_direct
         return self.triangular is not None or self.ksp.getType() == PETSc.KSP.Type.PREONLY
 
     @property
@@ -213,6 +244,8 @@ class Factor:
         """
         if self.triangular is not None:
             return {"matrices": matrix_bytes(self.matrix), "kernels": self.triangular.nbytes}
+        if self.blocks is not None:
+            return {"matrices": matrix_bytes(self.matrix), "kernels": self.blocks.nbytes}
         return self._petsc_bytes
 
     @cached_property
@@ -249,6 +282,42 @@ class Factor:
         if self.triangular is not None:
             whole = self._replication.gathered(b.array_r)
             x.array[:] = self.triangular.solve(whole, transposed=transposed)[self._replication.own]
+        elif self.blocks is not None:
+            x.array[:] = self.blocks.solve(b.array_r[None])[0]
         else:
             (self._ksp_transposed if transposed else self.ksp).solve(b, x)
             self._check()
+
+    @property
+    def on_blocks(self) -> bool:
+        """Whether :meth:`solve_rows` solves for all right-hand sides at once."""
+        return self.blocks is not None or self.triangular is not None
+
+    def solve_rows(self, rows: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """The solutions ``(k, n)`` of :attr:`matrix` for right-hand sides ``(k, n)``, own unknowns, without projections
+        (collective); errors as for :meth:`solve`.
+        """
+        if self.blocks is not None:  # the matrix is symmetric
+            return self.blocks.solve(rows)
+        out = np.empty(rows.shape)
+        if self.triangular is not None:
+            for row, result in zip(self._replication.gathered(rows), out, strict=True):
+                result[:] = self.triangular.solve(row, transposed=transposed)[self._replication.own]
+            return out
+        x, b = self.matrix.createVecs()
+        for row, result in zip(rows, out, strict=True):
+            b.array[:] = row
+            self.solve_regular(b, x, transposed=transposed)
+            result[:] = x.array_r
+        return out
+
+    @property
+    def description(self) -> str:
+        """The solver in a few words."""
+        if self.triangular is not None:
+            size = self.matrix.comm.size
+            whole = "" if size == 1 else f", of the whole on each of {size} ranks"
+            return f"triangular factors of {self.triangular.left.entries / 1e6:.1f} million entries{whole}"
+        if self.blocks is not None:
+            return self.blocks.description
+        return f"PETSc's {self.ksp.getType()} with {self.ksp.getPC().getType()}"

@@ -76,6 +76,8 @@ class StageFactors:
         Nullspace of all matrices, or ``None``.
     prefix
         Prefix of options in PETSc's database.
+    reproducible
+        Whether results on several ranks in space have to be the same bits in each run.
 
     Attributes
     ----------
@@ -97,10 +99,11 @@ class StageFactors:
         counts: Counter,
         nullspace: Nullspace | None = None,
         prefix: str = "pint_form_",
+        reproducible: bool = False,
     ):
         self._space, self._nullspace, self._tried, self._prefix = space, nullspace, False, prefix
         comm = space.mesh().comm
-        self.parameters = completed(parameters, comm, space.dim())
+        self.parameters = completed(parameters, comm, space.dim(), reproducible=reproducible)
         chosen = any(name.startswith(("ksp_", "pc_", "mat_")) for name in flatten_parameters(parameters))
         small = space.dim() <= SMALL[space.mesh().unique().topological_dimension]
         self._quick = QUICK if comm.size == 1 and not chosen and small else None

@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from firedrake import DirichletBC
 from firedrake.functionspaceimpl import WithGeometry
-from firedrake.mg.interface import assemble_prolongation_aij
 from firedrake.mg.utils import get_level
 from firedrake.petsc import PETSc
 
 from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import boundary_rows, like_subspace
+from pint_fem.kernels.prolongation import prolongation
 
-__all__ = ["Geometry"]
+__all__ = ["Geometry", "galerkin_levels"]
 
 
 class Geometry:
@@ -64,23 +64,47 @@ class Geometry:
         pc, levels = ksp.getPC(), int(level) + 1
         pc.setType("mg")
         pc.setMGLevels(levels)
-        matrix, space, bcs = ksp.getOperators()[0], self.space, self.bcs
-        for number in range(levels - 1, 0, -1):
-            coarse = space.reconstruct(mesh=hierarchy[number - 1])
-            coarse_bcs = [DirichletBC(like_subspace(coarse, bc), 0, bc.sub_domain) for bc in bcs]
-            P = assemble_prolongation_aij(coarse, space).petscmat.copy()
-            columns, rows = P.createVecs()
-            fixed = boundary_rows(coarse_bcs, coarse)
-            for vector, without in ((rows, boundary_rows(bcs, space)), (columns, fixed)):
-                vector.set(1.0)
-                vector.array[without] = 0
-            P.diagonalScale(rows, columns)
+        found = galerkin_levels(ksp.getOperators()[0], self.space, self.bcs)
+        for number, (P, matrix, coarse) in zip(range(levels - 1, 0, -1), found, strict=True):
             pc.setMGInterpolation(number, P)
-            matrix = matrix.ptap(P)
-            first = matrix.getOwnershipRange()[0]
-            matrix.zeroRowsColumns((np.asarray(fixed) + first).astype(PETSc.IntType), diag=1.0)
             smoother = pc.getMGCoarseSolve() if number == 1 else pc.getMGSmoother(number - 1)
             smoother.setDM(coarse.dm)
             smoother.setDMActive(PETSc.KSP.DMActive.ALL, False)
             smoother.setOperators(matrix)
-            space, bcs = coarse, coarse_bcs
+
+
+def galerkin_levels(
+    matrix: PETSc.Mat, space: WithGeometry, bcs: Sequence[DirichletBC]
+) -> list[tuple[PETSc.Mat, PETSc.Mat, WithGeometry]]:
+    """Interpolations, matrices and spaces of the levels below a matrix, from fine to coarse (collective).
+
+    Parameters
+    ----------
+    matrix
+        The finest matrix, with rows and columns of conditions those of the identity.
+    space, bcs
+        Its space, on a mesh of a ``MeshHierarchy``, and conditions on it.
+
+    Returns
+    -------
+    list of tuple
+        ``P`` from the coarser space, ``A_c = P^T A P`` with unit rows where conditions are, and the coarser space.
+    """
+    hierarchy, level = get_level(space.mesh().unique())
+    found = []
+    for number in range(int(level), 0, -1):
+        coarse = space.reconstruct(mesh=hierarchy[number - 1])
+        coarse_bcs = [DirichletBC(like_subspace(coarse, bc), 0, bc.sub_domain) for bc in bcs]
+        P = prolongation(coarse, space).copy()
+        columns, rows = P.createVecs()
+        fixed = boundary_rows(coarse_bcs, coarse)
+        for vector, without in ((rows, boundary_rows(bcs, space)), (columns, fixed)):
+            vector.set(1.0)
+            vector.array[without] = 0
+        P.diagonalScale(rows, columns)
+        matrix = matrix.ptap(P)
+        first = matrix.getOwnershipRange()[0]
+        matrix.zeroRowsColumns((np.asarray(fixed) + first).astype(PETSc.IntType), diag=1.0)
+        found.append((P, matrix, coarse))
+        space, bcs = coarse, coarse_bcs
+    return found

@@ -22,9 +22,9 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
+from FIAT.quadrature_schemes import create_quadrature
 from firedrake import FiniteElement, Function, FunctionSpace, SpatialCoordinate, VectorElement
 from firedrake.functionspaceimpl import WithGeometry
-from FIAT.quadrature_schemes import create_quadrature
 from firedrake.mesh import MeshGeometry
 from firedrake.mg.interface import assemble_prolongation_aij
 from firedrake.mg.utils import get_level

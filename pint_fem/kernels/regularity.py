@@ -117,7 +117,8 @@ def regular_factor(evolution: Any, matrix: PETSc.Mat, nullspace: Nullspace | Non
     message = lambda: singular_message(matrix, evolution.V)
     try:
         prefix = f"{evolution.options_prefix}pint_"
-        factor = Factor(matrix, evolution.solver_parameters, prefix=prefix, nullspace=nullspace, **given)
+        given = dict(prefix=prefix, nullspace=nullspace, reproducible=evolution.reproducible, **given)
+        factor = Factor(matrix, evolution.solver_parameters, **given)
     except PETSc.Error as error:
         if not is_numerical(error):
             raise

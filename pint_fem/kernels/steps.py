@@ -1,7 +1,8 @@
 """Execution of step programs: on lanes where all matrices are small enough and factored for them, else by PETSc.
 
 Several ranks in space that share small systems have copies of all matrices: they exchange the states before a call and
-take all steps of it on copies. PETSc takes one state after another.
+take all steps of it on copies; larger ones are solved on blocks of states
+(:mod:`~pint_fem.kernels.space.block_steps`). PETSc takes one state after another.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
+from pint_fem.collective import all_ranks
 from pint_fem.kernels.lanes.lane_steps import LaneSteps, windows
 from pint_fem.kernels.lanes.program import STATE, Operation, StepProgram
 from pint_fem.kernels.lanes.structures import WIDTHS
 from pint_fem.kernels.replication import Replication, whole_matrix
+from pint_fem.kernels.space.block_steps import BlockSteps
+from pint_fem.kernels.space.compiled import block_kernels
 
 __all__ = ["PetscSteps", "Steps", "execution"]
 
@@ -77,6 +81,9 @@ def execution(program: StepProgram, comm: MPI.Comm, times: dict | None = None) -
     """
     factors = [op.what for op in program.operations if op.kind == "solve"]
     if any(factor.triangular is None for factor in factors) or not factors:
+        on_blocks = factors or comm.size > 1  # without solves on one rank lanes are for sequences of steps
+        if on_blocks and all(f.on_blocks for f in factors) and all_ranks(comm, block_kernels(1) is not None):
+            return BlockSteps(program, comm)
         return PetscSteps(program, comm)
     state = Replication(program.size, comm)
     parts = {name: Replication(len(rows), comm) for name, rows in program.parts.items()}

@@ -88,7 +88,7 @@ class FormPropagator(FEPropagator):
         self.bc_rows, self.counts = self.forms.bc_rows, self.forms.counts
         self.factors = StageFactors(
             evolution.solver_parameters, evolution.V, factor_memory, self.counts, evolution.nullspace,
-            f"{evolution.options_prefix}pint_form_",
+            f"{evolution.options_prefix}pint_form_", evolution.reproducible,
         )  # fmt: skip
         self.newton = StageNewton(self.forms, self.factors, self.factors.parameters)
         with self.forms.U.dat.vec_ro as vec:

@@ -227,7 +227,8 @@ def _next_coarser(ev: Evolution) -> Evolution:
         coarsen(ev.residual, coarsen, coefficient_mapping=mapping), mapping[ev.u], tableau=ev.tableau, dt=ev.dt,
         nsteps=ev.nsteps, control=[mapping[c] for c in ev.parameters], per_step=[mapping[c] for c in ev.stepwise],
         t=mapping.get(ev.t), t0=ev.t0,
-        initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters, eliminate=ev.eliminate, **bases,
+        initial=initial, bcs=bcs, solver_parameters=ev.solver_parameters, eliminate=ev.eliminate,
+        reproducible=ev.reproducible, **bases,
     )  # fmt: skip
     made.copies, made.options_prefix = ev.copies, ev.options_prefix
     made.injected = mapping | {ev.initial: initial}

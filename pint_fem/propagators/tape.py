@@ -142,7 +142,7 @@ class TapePropagator(FEPropagator):
         matrices are not pinned here, but factored by MUMPS, which detects pivots that are zero.
         """
         ev = self.evolution
-        parameters = completed(ev.solver_parameters, ev.V.mesh().comm, ev.V.dim())
+        parameters = completed(ev.solver_parameters, ev.V.mesh().comm, ev.V.dim(), reproducible=ev.reproducible)
         bases = {} if ev.nullspace is None else ev.nullspace.bases(ev.V)
         if bases and parameters.get("ksp_type") == "preonly":
             parameters = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}

@@ -106,6 +106,7 @@ def _with_data(evolution: Evolution, data: Data, number: int) -> Evolution:
         residual, evolution.u, tableau=evolution.tableau, dt=evolution.dt, nsteps=evolution.nsteps,
         control=list(evolution.sought), per_step=list(evolution.stepwise), t=evolution.t, t0=evolution.t0,
         initial=initial, bcs=bcs, solver_parameters=evolution.solver_parameters, eliminate=evolution.eliminate,
+        reproducible=evolution.reproducible,
         **evolution.bases,
     )  # fmt: skip
     made.loads = loads

@@ -67,9 +67,7 @@ class EliminationTree:
     operations: float
 
     @classmethod
-    def of_pattern(
-        cls, pattern: csr_matrix, order: np.ndarray, kept: int = 0, most: float = np.inf
-    ) -> EliminationTree:
+    def of_pattern(cls, pattern: csr_matrix, order: np.ndarray, kept: int = 0, most: float = np.inf) -> EliminationTree:
         """The tree of a matrix's symmetric pattern.
 
         Parameters
@@ -98,7 +96,9 @@ class EliminationTree:
         parent, count, seen = np.empty(m, np.int32), np.empty(m, np.int64), np.empty(n, np.int32)
         fill = int(
             compiled.elimination_tree(
-                ctypes.c_int(n), ctypes.c_int(m), *(address(a) for a in (ptr, index, parent, count, seen)),
+                ctypes.c_int(n),
+                ctypes.c_int(m),
+                *(address(a) for a in (ptr, index, parent, count, seen)),
                 ctypes.c_int64(int(min(most, 2**62))),
             )
         )

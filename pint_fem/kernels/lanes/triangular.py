@@ -36,7 +36,7 @@ LARGE = 1_000_000
 definite.
 """
 LARGEST = 20_000_000
-"""Nonzeros of a factor above which there is none by SuperLU, which takes much longer than packages with dense kernels."""
+"""Nonzeros of a factor above which there is none by SuperLU: packages with dense kernels are much faster then."""
 LARGEST_POSITIVE = 120_000_000
 """Nonzeros of a factor above which there is none of a positive definite matrix: 1 GB."""
 

@@ -1,1 +1,1 @@
-"""Solves over several ranks in space on blocks of states: by substructuring, or by multigrid and conjugate gradients."""
+"""Solves over several ranks in space on blocks of states: substructuring, conjugate gradients and multigrid."""

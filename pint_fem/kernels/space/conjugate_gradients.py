@@ -19,7 +19,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.kernels.lanes.compiled import aligned
-from pint_fem.kernels.space.compiled import LANES, block_kernels, lanes_for
+from pint_fem.kernels.space.compiled import block_kernels, lanes_for
 from pint_fem.kernels.space.matrices import BlockMatrix, sum_over_ranks
 
 __all__ = ["ConjugateGradients", "Cycle"]
@@ -72,6 +72,8 @@ class ConjugateGradients:
             raise ArithmeticError("a matrix is not positive definite: an entry of its diagonal is not positive")
         self._inverse = aligned(max(1, len(diagonal)))
         self._inverse[: len(diagonal)] = 1 / diagonal
+        self._diagonal = aligned(max(1, len(diagonal)))
+        self._diagonal[: len(diagonal)] = diagonal
         magnitudes = np.asarray(abs(local).sum(axis=1)).ravel()
         self._alone = np.flatnonzero(magnitudes == diagonal)  # rows without couplings
         scaled = magnitudes * self._inverse[: len(diagonal)]
@@ -160,22 +162,14 @@ class ConjugateGradients:
     def _dots_of_solution(self, lanes: int, x: np.ndarray) -> np.ndarray:
         """Squares ``(lanes,)`` of the norms ``(x^T D x)^(1/2)``."""
         kernels, out = block_kernels(lanes), np.zeros((1, lanes))
-        diagonal = self._diagonal
-        kernels.squares(self.matrix.rows, diagonal.ctypes.data, x.ctypes.data, out.ctypes.data)
+        kernels.squares(self.matrix.rows, self._diagonal.ctypes.data, x.ctypes.data, out.ctypes.data)
         return sum_over_ranks(self.comm, out)[0]
-
-    @property
-    def _diagonal(self) -> np.ndarray:
-        if not hasattr(self, "_kept_diagonal"):
-            self._kept_diagonal = aligned(len(self._inverse))
-            self._kept_diagonal[:] = 1 / np.where(self._inverse == 0, 1, self._inverse)
-        return self._kept_diagonal
 
     def _iterate(self, lanes, goal, done, x, p, r, z, q, single) -> None:
         """Iterate until the residuals, by their recurrence, are at the goal; ``x`` and ``r`` are updated."""
         kernels, n, ones = block_kernels(lanes), self.matrix.rows, np.ones(lanes)
         combine = lambda a, u, c, v: kernels.combine(n, a.ctypes.data, u.ctypes.data, c.ctypes.data, v.ctypes.data)
-        old, qz, size = None, None, None
+        old, alpha, size = None, np.zeros(lanes), None
         p[:] = 0.0
         for number in range(self.most):
             if number == 0:
@@ -188,8 +182,7 @@ class ConjugateGradients:
                 beta = np.zeros(lanes)
             else:
                 # r is the last one minus alpha q
-                qz = alpha * found[1]  # noqa: F821
-                beta = np.divide(-qz, old, out=np.zeros(lanes), where=~done & (old > 0))
+                beta = np.divide(-alpha * found[1], old, out=np.zeros(lanes), where=~done & (old > 0))
             combine(ones, z, beta, p)
             self.matrix.product(p, q)
             (pq,) = self._dots(lanes, (p, q))
@@ -224,6 +217,3 @@ class ConjugateGradients:
         found = self.cycle.apply(single)
         found = np.ascontiguousarray(found, np.float32)
         kernels.widen(n, size.ctypes.data, found.ctypes.data, z.ctypes.data)
-
-
-assert LANES[0] == 1

@@ -8,7 +8,7 @@ from mpi4py import MPI
 from scipy.sparse import csr_matrix
 
 from pint_fem.kernels.lanes.compiled import aligned
-from pint_fem.kernels.space.compiled import block_kernels
+from pint_fem.kernels.space.compiled import block_kernels, lanes_for
 
 __all__ = ["BlockMatrix", "Halo", "sum_over_ranks"]
 
@@ -53,9 +53,7 @@ class Halo:
         comm.Alltoall(counts, asked)
         places = np.concatenate([[0], np.cumsum(asked)])
         wanted = np.empty(int(places[-1]), np.int64)
-        comm.Alltoallv(
-            [np.ascontiguousarray(ghosts, np.int64), (counts, ends[:-1])], [wanted, (asked, places[:-1])]
-        )
+        comm.Alltoallv([np.ascontiguousarray(ghosts, np.int64), (counts, ends[:-1])], [wanted, (asked, places[:-1])])
         rows = (wanted - bounds[comm.rank]).astype(np.int32)
         for rank in range(comm.size):
             if counts[rank]:
@@ -104,6 +102,7 @@ class BlockMatrix:
         self._values[: matrix.nnz] = matrix.data
         self._csr = self.rows, self._ptr.ctypes.data, self._index.ctypes.data, self._values.ctypes.data
         self.nnz = matrix.nnz
+        self._work: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @classmethod
     def of_petsc(cls, matrix: PETSc.Mat) -> BlockMatrix:
@@ -135,7 +134,8 @@ class BlockMatrix:
     @property
     def local(self) -> csr_matrix:
         """The rows ``(rows, columns + ghosts)``."""
-        return csr_matrix((self._values[: self.nnz], self._index, self._ptr), (self.rows, self.columns + self.halo.count))
+        parts = self._values[: self.nnz].copy(), self._index.copy(), self._ptr.copy()  # scipy sorts them in place
+        return csr_matrix(parts, (self.rows, self.columns + self.halo.count))
 
     def vector(self, lanes: int) -> np.ndarray:
         """A block of zeros ``(columns + ghosts, lanes)``, whose first rows are the own unknowns."""
@@ -156,6 +156,22 @@ class BlockMatrix:
         self.halo.exchange(x)
         block_kernels(x.shape[1], self.dtype).product(*self._csr, factor, keep, x.ctypes.data, y.ctypes.data)
 
+    def product_of_rows(self, states: np.ndarray, out: np.ndarray) -> None:
+        """Write the products with states ``(k, columns)`` to ``out`` ``(k, rows)``, for the same ``k`` on all ranks
+        (collective); bitwise the same for any number of states.
+        """
+        first = 0
+        while first < len(states):
+            lanes = lanes_for(len(states) - first)
+            count = min(lanes, len(states) - first)
+            if lanes not in self._work:
+                self._work[lanes] = self.vector(lanes), aligned((self.rows, lanes), self.dtype)
+            x, y = self._work[lanes]
+            x[: self.columns, :count] = states[first : first + count].T
+            self.product(x, y)
+            out[first : first + count] = y[:, :count].T
+            first += count
+
     def residual(self, b: np.ndarray, x: np.ndarray, r: np.ndarray) -> None:
         """``r = b - A x`` (collective)."""
         self.halo.exchange(x)
@@ -170,4 +186,3 @@ class BlockMatrix:
         kernels = block_kernels(x.shape[1], self.dtype)
         addresses = b.ctypes.data, x.ctypes.data, d.ctypes.data
         kernels.smooth(*self._csr, diagonal.ctypes.data, keep, factor, *addresses)
-

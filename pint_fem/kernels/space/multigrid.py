@@ -8,7 +8,7 @@ sum of the inverses of patches. Polynomials are Chebyshev's of the fourth kind,
     d_k = \frac{2k-1}{2k+3} d_{k-1} + \frac{8k+4}{2k+3} \frac{1}{\lambda} B r_k , \qquad x_{k+1} = x_k + d_k ,
 
 with :math:`d_0 = \frac{4}{3\lambda} B r_0` and a bound :math:`\lambda` of the eigenvalues of :math:`BA` (J. Lottes,
-Numer. Linear Algebra Appl. 30, 2023, Algorithm 1), which need no estimate of the smallest eigenvalue to be damped. Their
+Numer. Linear Algebra Appl. 30, 2023, Algorithm 1), which need no estimate of the smallest eigenvalue. Their
 coefficients are fixed, so that smoothing has no sums over ranks, and a cycle is a symmetric operator. The coarsest
 matrix is factored on every rank.
 
@@ -55,9 +55,8 @@ def largest_eigenvalue(matrix: BlockMatrix, apply: Any, comm: MPI.Comm) -> float
     """
     kernels, n = block_kernels(1), matrix.rows
     dot = lambda x, y: _dot(kernels, comm, n, x, y)
-    start = matrix.columns_before if hasattr(matrix, "columns_before") else 0
     r, z, p, q = (matrix.vector(1) for _ in range(4))
-    r[:n, 0] = np.cos((np.arange(n) + 1.0 + start + 17.0 * comm.rank) ** 2)
+    r[:n, 0] = np.cos((np.arange(n) + 1.0 + 17.0 * comm.rank) ** 2)
     diagonal, off = [], []
     apply(r, z)
     rz, beta, alpha = dot(r, z), 0.0, 0.0
@@ -146,9 +145,7 @@ class Smoother:
         kernels, n, (d, r) = block_kernels(lanes, SINGLE), self._matrix.rows, self._arrays(lanes)
         first = self._coefficients[0][1]
         if self._patches is None:
-            kernels.start(
-                n, self._diagonal.ctypes.data, first, b.ctypes.data, x.ctypes.data, d.ctypes.data
-            )
+            kernels.start(n, self._diagonal.ctypes.data, first, b.ctypes.data, x.ctypes.data, d.ctypes.data)
         else:
             r[:n] = b[:n]
             self._patches.product(r, d, first)
@@ -181,9 +178,7 @@ class Level:
         Of ``A``.
     """
 
-    def __init__(
-        self, matrix: BlockMatrix, interpolation: BlockMatrix, restriction: BlockMatrix, smoother: Smoother
-    ):
+    def __init__(self, matrix: BlockMatrix, interpolation: BlockMatrix, restriction: BlockMatrix, smoother: Smoother):
         self.matrix, self.smoother = matrix.astype(SINGLE), smoother
         self.interpolation, self.restriction = interpolation.astype(SINGLE), restriction.astype(SINGLE)
         self._work: dict[int, tuple[np.ndarray, ...]] = {}

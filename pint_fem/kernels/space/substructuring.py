@@ -74,11 +74,12 @@ class Partition:
     order: np.ndarray
 
     @classmethod
-    def of_matrix(cls, matrix: PETSc.Mat) -> Partition | None:
+    def of_matrix(cls, matrix: PETSc.Mat, order: np.ndarray | None = None) -> Partition | None:
         """That of an AIJ matrix with a symmetric pattern; ``None`` on all ranks if the interface has more than
-        :data:`LARGEST_INTERFACE` unknowns or no order of elimination is found (collective).
+        :data:`LARGEST_INTERFACE` unknowns or no order of elimination is found (collective). ``order``: the order of
+        elimination for a matrix with this pattern.
         """
-        comm, (first, last), n = matrix.comm.tompi4py(), matrix.getOwnershipRange(), matrix.getSize()[0]
+        comm, (first, last) = matrix.comm.tompi4py(), matrix.getOwnershipRange()
         ptr, columns, values = matrix.getValuesCSR()
         rows = np.repeat(np.arange(last - first), np.diff(ptr))
         on_interface = np.zeros(last - first, bool)
@@ -98,13 +99,12 @@ class Partition:
         )
         across = ~on_interface[rows] & on
         touched, number = np.unique(at[across], return_inverse=True)
-        coupling = csr_matrix(
-            (values[across], (place[rows[across]], number)), (len(interior), len(touched))
-        )
+        coupling = csr_matrix((values[across], (place[rows[across]], number)), (len(interior), len(touched)))
         edge = on_interface[rows] & on
         of_own = np.cumsum(on_interface) - 1
         interface = csr_matrix((values[edge], (of_own[rows[edge]], at[edge])), (len(own), len(every)))
-        order = nested_dissection(inside) if len(interior) else np.empty(0, np.int64)
+        if order is None or len(order) != len(interior):
+            order = nested_dissection(inside) if len(interior) else np.empty(0, np.int64)
         if not all_ranks(comm, order is not None):
             return None
         return cls(comm, interior, own, counts, touched, inside, coupling, interface, order)
@@ -115,11 +115,11 @@ class Partition:
         m = len(self.touched)
         return csr_matrix(block_array([[self.inside, self.coupling], [self.coupling.T, csr_matrix((m, m))]]))
 
-    def tree(self) -> EliminationTree:
-        """The elimination tree of the interior, after which the interface is left."""
+    def tree(self, most: float = np.inf) -> EliminationTree:
+        """The elimination tree of the interior, after which the interface is left; counted up to ``most`` nonzeros."""
         m = len(self.interior)
         order = np.concatenate([self.order, m + np.arange(len(self.touched))])
-        return EliminationTree.of_pattern(self.whole, order, len(self.touched))
+        return EliminationTree.of_pattern(self.whole, order, len(self.touched), most)
 
 
 class Substructuring:
@@ -132,11 +132,18 @@ class Substructuring:
     tree
         Of the partition.
 
+    Attributes
+    ----------
+    fill : int
+        Nonzeros of this rank's factor.
+
     Raises
     ------
     ArithmeticError
         On every rank, if the matrix is not positive definite to working precision.
     """
+
+    is_direct = True
 
     def __init__(self, partition: Partition, tree: EliminationTree):
         self.partition, comm = partition, partition.comm
@@ -157,6 +164,7 @@ class Substructuring:
         self._forward = self._steps(TriangularFactors.of_parts(tree.order, lower, none, inverse))
         self._backward = self._steps(TriangularFactors.of_parts(tree.order, none, lower, ones))
         self._lower = lower
+        self._touched = comm.allgather(partition.touched)
         self._bounds = np.array(split_steps(int(partition.counts.sum()), comm.size))
         self._inverse = self._interface_inverse(made.schur)
 
@@ -180,7 +188,6 @@ class Substructuring:
             values = np.ascontiguousarray(part) if rank == comm.rank else np.empty(block)
             comm.Bcast(values, root=rank)
             S[np.ix_(touched, touched)] += values
-        self._inverse_shape = total
         own, failed = np.empty((0, total)), False
         if total:
             try:
@@ -201,8 +208,7 @@ class Substructuring:
         """Solve for right-hand sides ``(k, n)``, own unknowns, the same ``k`` on all ranks; solutions ``(k, n)``
         (collective).
         """
-        p, comm, count = self.partition, self.partition.comm, len(rows)
-        inside, total = len(p.interior), int(p.counts.sum())
+        p, comm, count, inside = self.partition, self.partition.comm, len(rows), len(self.partition.interior)
         local = np.zeros((count, self._size))
         local[:, :inside] = rows[:, p.interior]
         found = np.empty((count, 1, self._size))
@@ -216,14 +222,11 @@ class Substructuring:
         out[:, p.interior] = result[:, 0, :inside]
         first = int(p.counts[: comm.rank].sum())
         out[:, p.own_interface] = values[:, first : first + len(p.own_interface)]
-        assert total == values.shape[1]
         return out
 
     def _sources(self, own: np.ndarray, eliminated: np.ndarray) -> np.ndarray:
         """The interface's right-hand sides ``(k, total)``, summed over the ranks in their order (collective)."""
         p, comm, count = self.partition, self.partition.comm, len(own)
-        if not hasattr(self, "_touched"):
-            self._touched = comm.allgather(p.touched)
         sent = np.concatenate([own, eliminated], axis=1)
         sizes = [count * (int(c) + len(t)) for c, t in zip(p.counts, self._touched, strict=True)]
         received = np.empty(sum(sizes))
@@ -261,6 +264,14 @@ class Substructuring:
             a, b = self._bounds[rank : rank + 2]
             out[:, a:b] = received[count * a : count * b].reshape(count, b - a)
         return out
+
+    @property
+    def description(self) -> str:
+        """The method with the sizes of this rank's factor and of the interface."""
+        return (
+            f"substructuring on {self.partition.comm.size} ranks, factors of {self.fill / 1e6:.1f} million entries on "
+            f"a rank and an interface of {int(self.partition.counts.sum())} unknowns"
+        )
 
     @property
     def nbytes(self) -> int:
