@@ -99,6 +99,16 @@ def test_parts_are_balanced_and_their_surface_is_small(dimension):
 
 @pytest.mark.parallel([2, 3, 4])
 @time_limit(60)
+def test_parts_of_a_file_are_compact():
+    """The triangles of a gmsh file are in no order of places, so that simple parts are scattered."""
+    st = pf.SpaceTime(space=COMM.size)
+    good, simple = st.mesh(read_mesh, MESH), read_mesh(MESH, st.space_comm, distribution_parameters=SIMPLE)
+    assert max(sizes(good)) <= 1.05 * np.mean(sizes(good))
+    assert surface(good) <= 0.1 * surface(simple)
+
+
+@pytest.mark.parallel([2, 3, 4])
+@time_limit(60)
 def test_parts_are_the_same_in_each_call():
     """Whatever was partitioned before, and on any number of members."""
     found = []
