@@ -136,7 +136,7 @@ def control(
     pose
         ``pose(spacetime, settings, solver_parameters=...)``.
     forms
-        ``forms(settings, comm)``, from which the serial tape is made.
+        ``forms(settings, spacetime)``, from which the serial tape is made.
     labels
         Names in pictures.
     """

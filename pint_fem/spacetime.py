@@ -10,8 +10,9 @@ communicators are split off here.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mpi4py import MPI
@@ -22,9 +23,10 @@ from pint_fem.collective import on_first_rank
 from pint_fem.communicators import ProcessGrid
 from pint_fem.errors import InputError
 from pint_fem.logs import logger
+from pint_fem.meshes import Members, make_hierarchy, make_mesh
 
 if TYPE_CHECKING:
-    from firedrake import Ensemble
+    from firedrake import Ensemble, HierarchyBase, MeshGeometry
 
 __all__ = ["Slab", "SpaceTime"]
 
@@ -176,6 +178,74 @@ class SpaceTime(ProcessGrid):
         """
         return self.time_comm.rank == 0 and self.experiments_comm.rank == 0
 
+    # -- meshes --------------------------------------------------------------------------------------------------------
+    def mesh(self, make: Callable, *args: Any, **options: Any) -> MeshGeometry:
+        """Make a mesh on ``space_comm``, distributed in the same way on all ranks in time and for all groups of
+        experiments (collective over ``comm``).
+
+        The cells are partitioned once, by PETSc's graph partitioner (PT-Scotch, ParMETIS or Chaco), into parts of
+        nearly equal size and small surface; ``"simple"`` takes its place where PETSc has none.
+
+        Parameters
+        ----------
+        make
+            A function of Firedrake or of your own that takes ``comm`` and ``distribution_parameters`` and returns a
+            mesh: ``st.mesh(UnitCubeMesh, 48, 48, 48)``, ``st.mesh(Mesh, "file.msh")``. It makes one mesh, which may be
+            extruded, or refined to a ``MeshHierarchy``.
+        *args, **options
+            Its other arguments; ``distribution_parameters`` may have an ``"overlap_type"`` and a
+            ``"partitioner_type"``.
+
+        Returns
+        -------
+        firedrake.MeshGeometry
+            What ``make`` returns.
+
+        Raises
+        ------
+        InputError
+            On every rank, if arguments cannot be used or differ between ranks, if there are more ranks in space than
+            cells, or if the groups' meshes differ, as those of a function with random numbers may.
+        """
+        return make_mesh(self.members, make, args, options)
+
+    def mesh_hierarchy(
+        self, refinement_levels: int, make: Callable, *args: Any, refinements_per_level: int = 1, **options: Any
+    ) -> HierarchyBase:
+        """Make a mesh as :meth:`mesh` does and its uniform refinements, ``st.mesh_hierarchy(3, UnitCubeMesh, 4, 4, 4)``
+        (collective over ``comm``).
+
+        The cells of a refined mesh stay on the rank of the cell that they are cut from, so that the coarsest mesh
+        should have many cells per rank. All meshes have its overlap.
+
+        Parameters
+        ----------
+        refinement_levels
+            Number of refined meshes.
+        make, *args, **options
+            As for :meth:`mesh`; for smoothers on patches around vertices, with
+            ``distribution_parameters={"overlap_type": (DistributedMeshOverlapType.VERTEX, 1)}``.
+        refinements_per_level
+            Number of bisections of the edges from one mesh to the next.
+
+        Returns
+        -------
+        firedrake.HierarchyBase
+            The ``MeshHierarchy``, from the coarsest mesh to the finest.
+
+        Raises
+        ------
+        InputError
+            As :meth:`mesh`.
+        """
+        return make_hierarchy(self.members, refinement_levels, refinements_per_level, make, args, options)
+
+    @property
+    def members(self) -> Members:
+        """The groups of ranks that share one state, of which each has a mesh of its own."""
+        return Members(self.comm, self.space_comm, self.time_comm, self.experiments_comm)
+
+    # -- steps and experiments -----------------------------------------------------------------------------------------
     def log(self, text: str) -> None:
         """Log a line on the first rank of the whole run (collective over ``comm``)."""
         on_first_rank(self.comm, "logging", logger.info if self.prints else _print_nothing, text)

@@ -88,15 +88,15 @@ _LENS_SPEED = 2.6
 INCLUSIONS = (Inclusion("lens", (1.0, -0.5), (0.30, 0.14), _LENS_SPEED / LAYER_SPEEDS[1] - 1),)
 
 
-def ground_mesh(cells: int, comm):
-    """The section with its absorbing layer; members of an ensemble partition it alike.
+def ground_mesh(cells: int, comm, distribution_parameters=None):
+    """The section with its absorbing layer.
 
     Parameters
     ----------
     cells
         Cells per kilometre, a multiple of 4, so that layers begin and end at lines of the mesh.
-    comm
-        Communicator of the mesh.
+    comm, distribution_parameters
+        Communicator, and how the mesh is divided over it: ``spacetime.mesh(ground_mesh, cells)`` gives both.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def ground_mesh(cells: int, comm):
     across, down = round((WIDTH + 2 * LAYER) * cells), round((DEPTH + LAYER) * cells)
     return RectangleMesh(
         across, down, WIDTH + LAYER, 0.0, originX=-LAYER, originY=-DEPTH - LAYER, comm=comm,
-        distribution_parameters={"partitioner_type": "simple"},
+        distribution_parameters=distribution_parameters,
     )  # fmt: skip
 
 

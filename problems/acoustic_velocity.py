@@ -124,7 +124,7 @@ def acoustic_velocity(
     data = filtered(read_experiments(readings, RECORD_END, COLUMNS, count=len(SHOTS)), band)
     least = int(3 * cells**2 * 2000) * degree**2 // spacetime.space_size
     require_memory(spacetime.comm, least, f"{cells} cells per kilometre", "give fewer cells or a lower degree")
-    mesh = ground_mesh(cells, spacetime.space_comm)
+    mesh = spacetime.mesh(ground_mesh, cells)
     for own in data.readings:
         locate(own.points, mesh, own.sensors)
     space, x, t = state_space(mesh, degree), SpatialCoordinate(mesh), time_function(mesh)

@@ -19,6 +19,7 @@ from firedrake import COMM_SELF, Function
 
 from pint_fem.cli import wait_quietly
 from pint_fem.kernels.arrays import get, is_real, own_size, put
+from pint_fem.spacetime import SpaceTime
 from problems.compare_serial import agreement, nodes_of, together
 from problems.control import ControlForms, ControlProblem
 from problems.count_calls import Counts, count_calls
@@ -109,7 +110,7 @@ def compare_control(
     settings
         Of the problem.
     forms
-        ``forms(settings, comm)``.
+        ``forms(settings, spacetime)``.
     seconds
         Of our set-up and minimisation.
     say
@@ -128,7 +129,9 @@ def compare_control(
     table: dict = {}
     if problem.spacetime.is_root:
         say("plain serial Firedrake + pyadjoint: recording the tape ...")
-        serial = record(forms(settings, COMM_SELF), steps=settings.steps, integrator=settings.integrator)
+        serial = record(
+            forms(settings, SpaceTime("1x1", comm=COMM_SELF)), steps=settings.steps, integrator=settings.integrator
+        )
         say(f"  recorded in {serial.seconds:.1f} s")
         table = _serial(values, joined, ours, serial, len(problem.evolution.controls), say)
         table["end_to_end"] = _extrapolated(table, result, counted, seconds, say)

@@ -80,8 +80,7 @@ def conductivity_square(
         Of :class:`~pint_fem.adjoint.TimeParallelReducedFunctional`.
     """
     spacetime = spacetime or SpaceTime("1x1", comm=COMM_SELF)
-    simple = {"partitioner_type": "simple"}
-    mesh = UnitSquareMesh(size, size, comm=spacetime.space_comm, distribution_parameters=simple)
+    mesh = spacetime.mesh(UnitSquareMesh, size, size)
     V, x = FunctionSpace(mesh, "CG", 1), SpatialCoordinate(mesh)
     forms, q, v = square_functionals(V), Function(V, name="log conductivity"), TestFunction(V)
     evolutions, misfits = [], []

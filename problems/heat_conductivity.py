@@ -134,7 +134,7 @@ def heat_conductivity(
     require_weights(alpha, beta, noise)
     tableau = named_tableau(integrator)
     data = read_experiments(readings, FINAL_TIME, COLUMNS, count=len(HEATERS))
-    plate = read_mesh(mesh, spacetime.space_comm, REGIONS, BOUNDARIES)
+    plate = spacetime.mesh(read_mesh, mesh, required_regions=REGIONS, required_boundaries=BOUNDARIES)
     for own in data.readings:
         locate(own.points, plate, own.sensors)
     V, x, t = FunctionSpace(plate, "CG", 1), SpatialCoordinate(plate), time_function(plate)

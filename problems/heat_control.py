@@ -106,11 +106,9 @@ def target(x, t):
     return min_value(1.0, t / 0.4) * exp(-square / (2 * 0.25**2))
 
 
-def heat_control_forms(settings: HeatControl, comm) -> ControlForms:
-    """Return the forms of the problem on a mesh of a communicator."""
-    mesh = UnitSquareMesh(
-        settings.cells, settings.cells, comm=comm, distribution_parameters={"partitioner_type": "simple"}
-    )
+def heat_control_forms(settings: HeatControl, spacetime: SpaceTime) -> ControlForms:
+    """Return the forms of the problem on a mesh of a process grid."""
+    mesh = spacetime.mesh(UnitSquareMesh, settings.cells, settings.cells)
     V, R, x = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "R", 0), SpatialCoordinate(mesh)
     beta = settings.regularisation
 
@@ -153,6 +151,6 @@ def heat_control(
     InputError
         On every rank, on a bad value.
     """
-    forms = heat_control_forms(settings, spacetime.space_comm)
+    forms = heat_control_forms(settings, spacetime)
     given = dict(steps=settings.steps, integrator=settings.integrator, bounds=settings.bounds)
     return pose(forms, spacetime, **given, solver_parameters=solver_parameters)

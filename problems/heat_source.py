@@ -96,7 +96,7 @@ def heat_source(
     require_weights(alpha, beta, noise)
     tableau = named_tableau(integrator)
     data = read_readings(readings, FINAL_TIME)
-    plate = read_mesh(mesh, spacetime.space_comm, REGIONS, BOUNDARIES)
+    plate = spacetime.mesh(read_mesh, mesh, required_regions=REGIONS, required_boundaries=BOUNDARIES)
     locate(data.points, plate, data.sensors)
     V = FunctionSpace(plate, "CG", 1)
     u, q, v = Function(V, name="temperature"), Function(V, name="source"), TestFunction(V)

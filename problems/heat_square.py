@@ -29,8 +29,7 @@ def square(
     on this rank alone.
     """
     spacetime = spacetime or SpaceTime("1x1", comm=COMM_SELF)
-    simple = {"partitioner_type": "simple"}
-    mesh = UnitSquareMesh(size, size, comm=spacetime.space_comm, distribution_parameters=simple)
+    mesh = spacetime.mesh(UnitSquareMesh, size, size)
     V = FunctionSpace(mesh, "CG", 1)
     forms = square_functionals(V)
     u, q, v = Function(V), Function(V), TestFunction(V)

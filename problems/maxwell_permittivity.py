@@ -230,7 +230,7 @@ def maxwell_permittivity(
     unknowns = 5 * cells**2 * (degree + 1) * (degree + 2)  # of the elements, which share some
     least = (500 * cells**2 + 8 * unknowns * (degree + 1) * (degree + 2)) // spacetime.space_size
     require_memory(spacetime.comm, least, f"{cells} cells of degree {degree}", "give fewer cells or a lower degree")
-    mesh = soil_mesh(cells, spacetime.space_comm)
+    mesh = spacetime.mesh(soil_mesh, cells)
     chosen = range(len(ANTENNAS)) if experiments is None else experiments
     controls = [Function(FunctionSpace(mesh, "CG", 1), name=name) for name in ("permittivity", "conductivity")]
     x = SpatialCoordinate(mesh)

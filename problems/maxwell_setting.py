@@ -107,8 +107,8 @@ def setting(name: str) -> Setting:
     return SETTINGS[name]
 
 
-def box_mesh(cells: int, comm):
-    """The unit square with walls 1 to 4; members of an ensemble partition it alike.
+def box_mesh(cells: int, comm, distribution_parameters=None):
+    """The unit square with walls 1 to 4; ``spacetime.mesh(box_mesh, cells)`` divides it over ranks in space.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def box_mesh(cells: int, comm):
     """
     if cells < 8 or cells % 8:
         raise InputError(f"cells = {cells}: give a multiple of 8, as regions begin and end at multiples of 1/8")
-    return UnitSquareMesh(cells, cells, comm=comm, distribution_parameters={"partitioner_type": "simple"})
+    return UnitSquareMesh(cells, cells, comm=comm, distribution_parameters=distribution_parameters)
 
 
 def signal(t, given: Setting):

@@ -78,15 +78,15 @@ PERMITTIVITY_OF = (Inclusion("pipe", *_PIPE, 0.5), Inclusion("wet lens", *_LENS,
 CONDUCTIVITY_OF = (Inclusion("pipe", *_PIPE, 0.2), Inclusion("wet lens", *_LENS, 6.0))
 
 
-def soil_mesh(cells: int, comm):
+def soil_mesh(cells: int, comm, distribution_parameters=None):
     """The box of soil and air, with walls 1 to 4 (left, right, bottom, top); the surface of the soil is at y = 0.
 
     Parameters
     ----------
     cells
         Cells along the depth of the soil, a multiple of 4.
-    comm
-        Communicator; members of an ensemble partition the mesh alike.
+    comm, distribution_parameters
+        Communicator, and how the mesh is divided over it: ``spacetime.mesh(soil_mesh, cells)`` gives both.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def soil_mesh(cells: int, comm):
         originX=0.0,
         originY=-DEPTH,
         comm=comm,
-        distribution_parameters={"partitioner_type": "simple"},
+        distribution_parameters=distribution_parameters,
     )
 
 

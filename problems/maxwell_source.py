@@ -154,7 +154,7 @@ def maxwell_source(
     least = (200 * cells**2 + 8 * unknowns * (degree + 1) * (degree + 2)) // spacetime.space_size
     what = f"{cells} x {cells} cells of degree {degree}"
     require_memory(spacetime.comm, least, what, "give fewer cells or a lower degree")
-    mesh = box_mesh(cells, spacetime.space_comm)
+    mesh = spacetime.mesh(box_mesh, cells)
     locate(data.points, mesh, data.sensors)
     evolution = evolution_of(
         mesh,

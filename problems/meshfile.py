@@ -28,11 +28,10 @@ FLAT = 1e-10
 _SPACE_DIMENSION = "dm_plex_gmsh_spacedim"
 
 
-def read_mesh(path, comm=COMM_WORLD, required_regions=(), required_boundaries=()):
+def read_mesh(path, comm=COMM_WORLD, required_regions=(), required_boundaries=(), distribution_parameters=None):
     """Read and check a gmsh file of triangles.
 
-    The partition depends on nothing but the file and the size of `comm`, so that the members of an ensemble agree on
-    who owns which cells.
+    ``spacetime.mesh(read_mesh, path)`` gives all groups of ranks in space the same parts of it.
 
     Parameters
     ----------
@@ -44,6 +43,8 @@ def read_mesh(path, comm=COMM_WORLD, required_regions=(), required_boundaries=()
         Tags of physical surfaces. Each has to be there, and together they have to cover the mesh.
     required_boundaries : iterable of int, optional
         Tags of physical curves that have to be there.
+    distribution_parameters : dict, optional
+        How Firedrake divides the mesh over the ranks.
 
     Returns
     -------
@@ -58,12 +59,7 @@ def read_mesh(path, comm=COMM_WORLD, required_regions=(), required_boundaries=()
     path = Path(path)
     _check_file(path)
     _check_mesh(path, sorted(required_regions), sorted(required_boundaries))
-    return Mesh(
-        str(path),
-        comm=comm,
-        tolerance=POINT_TOLERANCE,
-        distribution_parameters={"partition": True, "partitioner_type": "simple"},
-    )
+    return Mesh(str(path), comm=comm, tolerance=POINT_TOLERANCE, distribution_parameters=distribution_parameters)
 
 
 def locate(points, mesh, names=None):

@@ -93,11 +93,9 @@ def target(x, t):
     return tanh((RADIUS - distance) / sqrt(2 * DIFFUSION))
 
 
-def reaction_control_forms(settings: ReactionControl, comm) -> ControlForms:
-    """Return the forms of the problem on a mesh of a communicator."""
-    mesh = UnitSquareMesh(
-        settings.cells, settings.cells, comm=comm, distribution_parameters={"partitioner_type": "simple"}
-    )
+def reaction_control_forms(settings: ReactionControl, spacetime: SpaceTime) -> ControlForms:
+    """Return the forms of the problem on a mesh of a process grid."""
+    mesh = spacetime.mesh(UnitSquareMesh, settings.cells, settings.cells)
     V, x, beta = FunctionSpace(mesh, "CG", 1), SpatialCoordinate(mesh), settings.regularisation
     square = lambda u, t: 0.5 * (u - target(x, t)) ** 2 * dx(degree=_DEGREE)
     return ControlForms(
@@ -136,6 +134,6 @@ def reaction_control(
     InputError
         On every rank, on a bad value.
     """
-    forms = reaction_control_forms(settings, spacetime.space_comm)
+    forms = reaction_control_forms(settings, spacetime)
     given = dict(steps=settings.steps, integrator=settings.integrator, bounds=settings.bounds)
     return pose(forms, spacetime, **given, solver_parameters=solver_parameters)

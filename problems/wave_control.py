@@ -94,11 +94,9 @@ class WaveControl:
         checked_bounds(self.bounds)
 
 
-def wave_control_forms(settings: WaveControl, comm) -> ControlForms:
-    """Return the forms of the problem on a mesh of a communicator."""
-    mesh = UnitSquareMesh(
-        settings.cells, settings.cells, comm=comm, distribution_parameters={"partitioner_type": "simple"}
-    )
+def wave_control_forms(settings: WaveControl, spacetime: SpaceTime) -> ControlForms:
+    """Return the forms of the problem on a mesh of a process grid."""
+    mesh = spacetime.mesh(UnitSquareMesh, settings.cells, settings.cells)
     V, x = FunctionSpace(mesh, "CG", 1), SpatialCoordinate(mesh)
     W, beta = V * V, settings.regularisation
     acts = 1.0 if settings.region == "all" else conditional(x[0] < STRIP, 1.0, 0.0)
@@ -146,6 +144,6 @@ def wave_control(
     InputError
         On every rank, on a bad value.
     """
-    forms = wave_control_forms(settings, spacetime.space_comm)
+    forms = wave_control_forms(settings, spacetime)
     given = dict(steps=settings.steps, integrator=settings.integrator, bounds=settings.bounds)
     return pose(forms, spacetime, **given, solver_parameters=solver_parameters)

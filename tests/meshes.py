@@ -7,7 +7,7 @@ from firedrake import COMM_SELF, COMM_WORLD, UnitSquareMesh
 from pint_fem.spacetime import SpaceTime
 
 SIMPLE = {"partitioner_type": "simple"}
-"""The partitioner that gives all members of an ensemble the same parts."""
+"""A partitioner that gives all members of an ensemble the same parts without communication between them."""
 GRIDS = [SpaceTime((1, COMM_WORLD.size)), SpaceTime("1x1", comm=COMM_SELF)]
 """As long as one process grid of a shape is there, all grids of the shape share its communicators."""
 ALONE = {comm.py2f(): comm for comm in [COMM_SELF, *(grid.space_comm for grid in GRIDS)]}

@@ -154,9 +154,7 @@ class Pieces:
 
     def __init__(self):
         self.st = pf.SpaceTime()
-        self.mesh = fd.UnitSquareMesh(
-            3, 3, comm=self.st.space_comm, distribution_parameters={"partitioner_type": "simple"}
-        )
+        self.mesh = self.st.mesh(fd.UnitSquareMesh, 3, 3)
         self.V = fd.FunctionSpace(self.mesh, "CG", 1)
         self.u, self.v, self.q = fd.Function(self.V), fd.TestFunction(self.V), fd.Function(self.V)
         self.F = (

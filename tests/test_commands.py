@@ -22,7 +22,7 @@ from irksome import Dt
 import pint_fem as pf
 
 st = pf.SpaceTime()
-mesh = UnitSquareMesh(2, 2, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+mesh = st.mesh(UnitSquareMesh, 2, 2)
 V = FunctionSpace(mesh, "CG", 1)
 u, v, q = Function(V, name="u"), TestFunction(V), Function(V)
 F = Dt(u) * v * dx + inner(grad(u), grad(v)) * dx - q * v * dx

@@ -78,7 +78,7 @@ def test_same_as_a_serial_tape(name):
     """Acceptance: J and gradient to 1e-8, a Hessian action to 1e-7 of those of pyadjoint."""
     pose, forms, settings = PROBLEMS[name]
     rf = pose(alone(), settings, solver_parameters=SERIAL).rf
-    serial = record(forms(settings, COMM_SELF), steps=settings.steps, integrator=settings.integrator)
+    serial = record(forms(settings, alone()), steps=settings.steps, integrator=settings.integrator)
     rows = lambda z: [part[n] for n in range(settings.steps) for part in rf.layout.parts(z)]
 
     def on_tape(z):

@@ -12,6 +12,7 @@ LAYERS = (
     ("collective",),
     ("communicators", "files", "capacity", "petsc_options"),
     ("all_at_once", "array_file"),
+    ("meshes",),
     ("spacetime",),
     ("kernels", "optimize", "mgrit"),
     ("paradiag",),
@@ -31,7 +32,7 @@ LAYERS = (
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 FIREDRAKE = {
     *("kernels", "evolution", "propagators", "theory", "sweeps", "misfits", "inverse", "kkt", "adjoint", "paraview"),
-    "spacetime",
+    *("meshes", "spacetime"),
 }
 """Packages that may import Firedrake."""
 FILES = sorted(PACKAGE.rglob("*.py"))

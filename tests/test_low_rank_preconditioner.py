@@ -24,7 +24,6 @@ from scipy.linalg import eigh
 import pint_fem as pf
 from pint_fem.errors import InputError, InputTypeError
 from pint_fem.optimize.low_rank import LowRankHessian, Pencil, probe
-from tests.meshes import SIMPLE
 
 
 def dense_pencil(n=60, decay=2.0, size=1e6, seed=0, rank=None):
@@ -151,7 +150,7 @@ SERIAL = {"time_solver": "serial"}
 
 def inversion(st, weight, *, linear=True, cells=6, steps=8, noise=1.0, solver=SERIAL, regularisation=None):
     """The source inversion of the optimisers' page, small: a static source of heat from the temperature everywhere."""
-    mesh = UnitSquareMesh(cells, cells, comm=st.space_comm, distribution_parameters=SIMPLE)
+    mesh = st.mesh(UnitSquareMesh, cells, cells)
     V = FunctionSpace(mesh, "CG", 1)
     u, v, q, (x, y) = Function(V), TestFunction(V), Function(V), SpatialCoordinate(mesh)
     kappa = 1 if linear else 1 + u**2
@@ -298,7 +297,7 @@ def test_ranks_in_space():
 
 def sources(st, weight):
     """A bar that a source with one value per step heats, beside a static one."""
-    mesh = UnitIntervalMesh(8, comm=st.space_comm, distribution_parameters=SIMPLE)
+    mesh = st.mesh(UnitIntervalMesh, 8)
     V = FunctionSpace(mesh, "CG", 1)
     u, v, q, s = Function(V), TestFunction(V), Function(V, name="q"), Function(V, name="s")
     (x,) = SpatialCoordinate(mesh)
@@ -350,7 +349,7 @@ def test_experiments_on_groups_of_ranks():
     found = []
     for grid, comm in ((f"1x1x{COMM_WORLD.size}", COMM_WORLD), ("1x1", COMM_SELF)):
         st = pf.SpaceTime(grid, comm=comm)
-        mesh = UnitSquareMesh(5, 5, comm=st.space_comm, distribution_parameters=SIMPLE)
+        mesh = st.mesh(UnitSquareMesh, 5, 5)
         V = FunctionSpace(mesh, "CG", 1)
         q, (x, y) = Function(V, name="q"), SpatialCoordinate(mesh)
         evolutions, misfits = [], []

@@ -20,7 +20,7 @@ NUMPY = np.lib.tracemalloc_domain
 
 
 def functional(st, storage, *, n=12, steps=128, coarsening=(8, 4), sensors=True, moving=True, **problem):
-    mesh = UnitSquareMesh(n, n, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+    mesh = st.mesh(UnitSquareMesh, n, n)
     ev = heat(mesh, steps=steps, **problem)
     data = sin(ev.t) if moving else 1
     misfits = [pf.RunningMisfit(inner(ev.u - data, ev.u - data) * dx)]

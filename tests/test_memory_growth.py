@@ -66,7 +66,7 @@ class Problem:
 
     def __init__(self, grid: str, case: str):
         self.st, given = SpaceTime(grid), CASES[case]
-        mesh = UnitSquareMesh(4, 4, comm=self.st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+        mesh = self.st.mesh(UnitSquareMesh, 4, 4)
         V = FunctionSpace(mesh, "CG", 1)
         u, v, self.q = Function(V), TestFunction(V), Function(V, name="q")
         if case.startswith("nonlinear"):

@@ -243,7 +243,7 @@ def test_cycles_at_an_initial_control_converge_on_several_ranks():
     which their next cycle starts.
     """
     st = pf.SpaceTime()
-    mesh = UnitSquareMesh(3, 3, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+    mesh = st.mesh(UnitSquareMesh, 3, 3)
     V = FunctionSpace(mesh, "CG", 1)
     u, v, u0, x = Function(V), TestFunction(V), Function(V), SpatialCoordinate(mesh)[0]
     F = (Dt(u) * v + inner(grad(u), grad(v))) * dx

@@ -27,7 +27,6 @@ from pint_fem.evolution.tableaux import named_tableau
 from pint_fem.kkt.control_weights import ControlWeights
 from pint_fem.propagators import make_propagator
 from pint_fem.propagators.tape import TapePropagator
-from tests.meshes import SIMPLE
 from tests.step_controls import vectors
 
 SERIAL = {"time_solver": "serial"}
@@ -62,7 +61,7 @@ def functional(
 ):  # fmt: skip
     """A target that moves is tracked by a source in space and time, or by one in space."""
     st = st or pf.SpaceTime("1x1", comm=COMM_SELF)
-    mesh = UnitIntervalMesh(n, comm=st.space_comm, distribution_parameters=SIMPLE)
+    mesh = st.mesh(UnitIntervalMesh, n)
     V, t = FunctionSpace(mesh, "CG", 1), pf.time_function(mesh)
     (x,) = SpatialCoordinate(mesh)
     u, v, q = Function(V), TestFunction(V), Function(V, name="q")

@@ -26,7 +26,7 @@ def database(**options):
 
 def functional(prefix="", st=None, *, linear=True, **parameters):
     st = st or pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
-    mesh = UnitSquareMesh(4, 4, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+    mesh = st.mesh(UnitSquareMesh, 4, 4)
     ev = heat(mesh, steps=32, linear=linear)
     parameters = {"mgrit": {"coarsening": (4, 2)}} | parameters
     misfit = pf.RunningMisfit(ev.u**2 * dx)

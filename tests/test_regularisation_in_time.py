@@ -28,7 +28,7 @@ from pint_fem.adjoint.regularisation_in_time.differences import StepDifferences
 from pint_fem.adjoint.regularisation_in_time.inner_product import InnerInTime
 from pint_fem.errors import InputError, InputTypeError
 from pint_fem.propagators.tape import recording
-from tests.meshes import SIMPLE, square
+from tests.meshes import square
 from tests.step_controls import vectors
 from tests.taylor import check_orders
 
@@ -41,7 +41,7 @@ def relative(a, b):
 
 def functional(st, regularisation, *, steps=STEPS, nonlinear=False, per_step=True, amplitude=False, **options):
     """Temperature of a bar that a source with one value per step heats."""
-    mesh = UnitIntervalMesh(6, comm=st.space_comm, distribution_parameters=SIMPLE)
+    mesh = st.mesh(UnitIntervalMesh, 6)
     V, Q, R = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "DG", 0), FunctionSpace(mesh, "R", 0)
     (x,) = SpatialCoordinate(mesh)
     u, v, q, a, t = Function(V), TestFunction(V), Function(Q, name="q"), Function(R, name="a"), pf.time_function(mesh)

@@ -125,7 +125,7 @@ def test_results_are_pickled(name):
 
 def functional(spacetime, *, several, per_step=False):
     """A heat source, and with it a number that is added to it, from the state at all steps."""
-    mesh = fd.UnitSquareMesh(4, 4, comm=spacetime.space_comm, distribution_parameters={"partitioner_type": "simple"})
+    mesh = spacetime.mesh(fd.UnitSquareMesh, 4, 4)
     V = fd.FunctionSpace(mesh, "CG", 1)
     u, v, q = fd.Function(V), fd.TestFunction(V), fd.Function(V, name="q")
     k = fd.Function(fd.FunctionSpace(mesh, "R", 0), name="k")

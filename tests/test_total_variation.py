@@ -39,14 +39,13 @@ from pint_fem.kernels.arrays import get
 from tests.taylor import check_orders
 
 SERIAL = {"time_solver": "serial"}
-PLAIN = {"distribution_parameters": {"partitioner_type": "simple"}}
 
 
 def space_on(st, family="CG", degree=1, *, cells=16, dim=2, quadrilateral=False):
     """A space on the unit interval or square."""
     if dim == 1:
-        return FunctionSpace(UnitIntervalMesh(cells, comm=st.space_comm, **PLAIN), family, degree)
-    mesh = UnitSquareMesh(cells, cells, quadrilateral=quadrilateral, comm=st.space_comm, **PLAIN)
+        return FunctionSpace(st.mesh(UnitIntervalMesh, cells), family, degree)
+    mesh = st.mesh(UnitSquareMesh, cells, cells, quadrilateral=quadrilateral)
     return FunctionSpace(mesh, family, degree)
 
 
@@ -93,7 +92,7 @@ def denoising(st, smoothing, *, model="primal-dual", weight=0.02, family="CG", d
 
 def conduction(st, regularisation, *, cells=10, steps=3, family="CG", degree=1, solver=None, riesz_map="L2"):
     """Log-conductivity of a square with a block, from the temperatures that two heating experiments give everywhere."""
-    mesh = UnitSquareMesh(cells, cells, comm=st.space_comm, **PLAIN)
+    mesh = st.mesh(UnitSquareMesh, cells, cells)
     V, Q = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, family, degree)
     q, truth = Function(Q, name="q"), block(Q)
     evolutions, misfits = [], []

@@ -13,7 +13,6 @@ from firedrake import (
     DirichletBC,
     Function,
     FunctionSpace,
-    MeshHierarchy,
     SpatialCoordinate,
     TestFunction,
     UnitSquareMesh,
@@ -37,7 +36,7 @@ from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import get
 from pint_fem.propagators import FormPropagator, LinearPropagator, TapePropagator, make_propagator
 from tests.limits import time_limit
-from tests.meshes import SIMPLE, square
+from tests.meshes import square
 from tests.ranks import cases
 
 GRIDS = {1: ["1x1"], 3: ["3x1", "1x3"]}[MPI.COMM_WORLD.size]
@@ -274,9 +273,7 @@ def test_new_data_cost_no_factorisation():
 def test_data_on_coarser_meshes():
     for grid in GRIDS:
         st = pf.SpaceTime(grid)
-        parameters = {"partitioner_type": "simple"}
-        coarse = UnitSquareMesh(2, 2, comm=st.space_comm, distribution_parameters=parameters)
-        posed = Posed(grid, mesh=MeshHierarchy(coarse, 1)[-1])
+        posed = Posed(grid, mesh=st.mesh_hierarchy(1, UnitSquareMesh, 2, 2)[-1])
         J = posed.functional(LinearPropagator, "mgrit", spatial_coarsening=True)
         old = results(J, posed)
         for name in ("conductivity", "load", "wall"):
@@ -357,7 +354,7 @@ def test_a_misfit_of_two_functionals():
 def test_what_cannot_be_read_again_is_refused():
     for grid in GRIDS:
         st = pf.SpaceTime(grid)
-        posed = Posed(grid, mesh=UnitSquareMesh(3, 3, comm=st.space_comm, distribution_parameters=SIMPLE))  # it moves
+        posed = Posed(grid, mesh=st.mesh(UnitSquareMesh, 3, 3))  # it moves
         J = posed.functional()
         before = J(posed.q)
         posed.bcs[0].set_value(5.0)
@@ -414,7 +411,7 @@ class Timed:
 
     def __init__(self, grid: str, make_time, *, power: int):
         self.st = pf.SpaceTime(grid)
-        mesh = UnitSquareMesh(3, 3, comm=self.st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+        mesh = self.st.mesh(UnitSquareMesh, 3, 3)
         self.mesh, self.V = mesh, FunctionSpace(mesh, "CG", 1)
         self.t, (x, y) = make_time(mesh), SpatialCoordinate(mesh)
         self.u, self.q = Function(self.V, name="u"), Function(self.V, name="q").interpolate(1 + x * y)

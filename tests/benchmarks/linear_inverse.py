@@ -140,8 +140,7 @@ def box(cells: int = 40, steps: int = 16, count: int = 60) -> dict:
     for name, value in iterative.items():
         PETSc.Options()[f"pint_prior_{name}"] = value
     grid = pf.SpaceTime("2x2" if comm.size == 4 else "1x1")
-    simple = {"partitioner_type": "simple"}
-    mesh = UnitCubeMesh(cells, cells, cells, comm=grid.space_comm, distribution_parameters=simple)
+    mesh = grid.mesh(UnitCubeMesh, cells, cells, cells)
     V = FunctionSpace(mesh, "CG", 1)
     u, v, q = Function(V), TestFunction(V), Function(V, name="source")
     form = Dt(u) * v * dx + 0.1 * dot(grad(u), grad(v)) * dx + u * v * dx - q * v * dx

@@ -182,7 +182,7 @@ def outcomes_table(found: list[Outcome], title: str) -> Table:
 def _inversion(n: int, steps: int, alpha: float, *, linear: bool) -> pf.TimeParallelReducedFunctional:
     """Source from the temperature in the square; not linear: conductivity 1 + u^2."""
     st = pf.SpaceTime("1x1")
-    mesh = UnitSquareMesh(n, n, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
+    mesh = st.mesh(UnitSquareMesh, n, n)
     V = FunctionSpace(mesh, "CG", 1)
     u, v, q, (x, y) = Function(V), TestFunction(V), Function(V), SpatialCoordinate(mesh)
     kappa = 1 if linear else 1 + u**2

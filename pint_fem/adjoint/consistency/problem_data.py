@@ -2,9 +2,9 @@ r"""Check that all ranks were given the same evolution, misfits, regularisation 
 
 Each rank takes its own steps with its own copy of the user's data. Data that differ between ranks (readings with other
 noise, a coefficient that one rank has changed) would give value and derivative of no functional, without any error.
-Forms are compared by UFL's signature, numbers and readings bitwise on all ranks. Fields are compared by the ranks of
-one place in space by their norm and a weighted sum, to a relative tolerance far above round-off
-(:mod:`~pint_fem.adjoint.consistency.control_values`).
+Meshes are compared by their parts and numbering (:mod:`pint_fem.meshes`), forms by UFL's signature, numbers and
+readings bitwise on all ranks. Fields are compared by the ranks of one place in space by their norm and a weighted sum,
+to a relative tolerance far above round-off (:mod:`~pint_fem.adjoint.consistency.control_values`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.evolution.private_copies import PrivateCopies
 from pint_fem.kernels.arrays import is_real
+from pint_fem.meshes import require_same_meshes
 from pint_fem.misfits.base import Misfit
 from pint_fem.spacetime import SpaceTime
 
@@ -35,14 +36,16 @@ _DEFAULT_NAME = re.compile(r" '(function|constant|cofunction|w|c)_\d+'")
 def require_same_problem(
     spacetime: SpaceTime, evolution: Evolution, misfits: Sequence[Misfit], regularisation: Sequence[ufl.Form]
 ) -> None:
-    """Require the same evolution (as the user posed it), misfits and regularisation on all ranks, before anything is
-    assembled (collective); otherwise all ranks raise ``InputError`` that names what differs.
+    """Require the same mesh, evolution (as the user posed it), misfits and regularisation on all ranks, before anything
+    is assembled (collective); otherwise all ranks raise ``InputError`` that names what differs.
     """
     if spacetime.comm.size == 1:
         return
+    mesh = evolution.V.mesh().unique()
+    require_same_meshes(spacetime.members, mesh)
     require_same(spacetime.comm, misfits=misfits, regularisation=len(regularisation))
     require_same_given(spacetime, misfits)
-    mesh, values = evolution.V.mesh().unique(), [boundary_value(bc) for bc in evolution.bcs]
+    values = [boundary_value(bc) for bc in evolution.bcs]
     if evolution.initial_expression is not None:
         values.append(evolution.initial_expression)
     forms = {"the residual": [evolution.parts()[0]]}

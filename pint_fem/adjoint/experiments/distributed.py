@@ -45,6 +45,7 @@ from pint_fem.collective import all_ranks, any_rank, collectively, require_same
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.evolution.control_layout import ControlLayout, ControlSet
 from pint_fem.evolution.evolution import Evolution
+from pint_fem.meshes import require_same_meshes
 from pint_fem.misfits.base import BlockMisfit, Misfit
 from pint_fem.misfits.sensor_readings import SensorReadings
 from pint_fem.spacetime import Slab, SpaceTime
@@ -86,13 +87,14 @@ class DistributedExperiments(ComposedProblem):
         self._own_numbers = spacetime.own_experiments(len(self._all))
         controls = collectively(comm, "", ControlSet, self._all)
         collectively(comm, "", require_no_control_as_data, controls, [own])
+        require_same_meshes(spacetime.members, self._all[0].V.mesh().unique())
         layout = ControlLayout(controls, spacetime, _common_slab(own, spacetime))
         parts = {c.name(): layout.part(np.empty(layout.size), c).shape for c in controls.controls}
         groups = spacetime.experiments_comm.allgather(parts)
         if any_rank(comm, any(other != parts for other in groups)):
             raise InputError(
-                "the groups of experiments do not own the same parts of the controls: build the mesh with the same "
-                "partition in all groups, distribution_parameters={'partitioner_type': 'simple'}"
+                "the groups of experiments do not own the same parts of the controls: make their meshes by st.mesh, "
+                "such as st.mesh(UnitSquareMesh, 8, 8), which has the same parts in all groups"
             )
         require_same_forms(spacetime, **{"the regularisation": regularisation})
         self._data = made = None
