@@ -54,6 +54,9 @@ class SolverReports:
         """Log the a-priori estimates or their warnings once, before the first solve (collective)."""
 
         def report() -> None:
+            for text in self._solvers_in_space() if self.options.view else ():
+                if self.spacetime.is_root:
+                    logger.info("%s", text)
             for level, text in estimate_lines(self.evolution, self.options, self.estimates or []):
                 if self.spacetime.is_root:
                     logger.log(level, text)
@@ -61,6 +64,14 @@ class SolverReports:
         if not self.reported:
             self.reported = True
             collectively(self.spacetime.comm, "theory", report)
+
+    def _solvers_in_space(self) -> list[str]:
+        """A line for each matrix of a linear propagator's stages."""
+        found = []
+        for level, propagator in enumerate(self.propagators):
+            for h, factor in getattr(propagator, "factors", {}).items() if propagator.is_linear else ():
+                found.append(f"level {level}, stages with a_ii dt = {h:.3g}: {factor.description}")
+        return found
 
     def write_trace(self) -> None:
         """Write the work and messages of all sweeps so far to the file of the option ``trace``, if there is one

@@ -23,6 +23,7 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from pint_fem.collective import all_ranks
+from pint_fem.kernels.lanes.triangular import ACCURATE
 from pint_fem.kernels.multigrid import Geometry
 from pint_fem.kernels.space.compiled import block_kernels
 from pint_fem.kernels.space.conjugate_gradients import ConjugateGradients
@@ -176,9 +177,25 @@ def _direct(matrix: PETSc.Mat, limit: float, like: BlockSolver | None) -> Substr
     if comm.allreduce(tree.fill, op=MPI.MAX) > most:
         return None
     try:
-        return Substructuring(partition, tree)
+        made = Substructuring(partition, tree)
     except ArithmeticError:
         return None
+    return made if _is_accurate(matrix, made) else None
+
+
+def _is_accurate(matrix: PETSc.Mat, solver: BlockSolver) -> bool:
+    """Whether the backward error of a trial solve is at round-off (collective)."""
+    x, b = matrix.createVecs()
+    first, last = b.getOwnershipRange()
+    b.array[:] = np.cos(np.arange(first, last, dtype=float) ** 2)
+    x.array[:] = solver.solve(b.array_r[None])[0]
+    r, norm = b.duplicate(), PETSc.NormType.NORM_INFINITY
+    matrix.mult(x, r)
+    r.axpy(-1.0, b)
+    accurate = r.norm(norm) <= ACCURATE * (matrix.norm(norm) * x.norm(norm) + b.norm(norm))
+    for vector in (x, b, r):
+        vector.destroy()
+    return bool(accurate)
 
 
 def _multigrid(matrix: PETSc.Mat, block: BlockMatrix, geometry: Geometry | None, prefix: str) -> Iterative | None:

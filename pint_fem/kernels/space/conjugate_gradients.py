@@ -76,6 +76,7 @@ class ConjugateGradients:
         self._diagonal[: len(diagonal)] = diagonal
         magnitudes = np.asarray(abs(local).sum(axis=1)).ravel()
         self._alone = np.flatnonzero(magnitudes == diagonal)  # rows without couplings
+        self._diagonal[self._alone] = 0.0  # no other row depends on these
         scaled = magnitudes * self._inverse[: len(diagonal)]
         self._norm = float(comm.allreduce(float(np.max(scaled, initial=1.0)), op=MPI.MAX))
         self._arrays: dict[int, list[np.ndarray]] = {}
@@ -132,12 +133,12 @@ class ConjugateGradients:
         x[:n] = 0.0
         x[self._alone] = self._inverse[self._alone, None] * b[self._alone]
         matrix.residual(b, x, r)
-        whole, start = np.sqrt(self._dots(lanes, (b, None), (r, None)))
-        if not (np.isfinite(whole).all() and np.isfinite(start).all()):
+        (start,) = np.sqrt(self._dots(lanes, (r, None)))
+        if not np.isfinite(start).all():
             raise ArithmeticError("a right-hand side is not finite")
         done, size = start == 0, start.copy()
         for attempt in range(_RESTARTS):
-            goal = np.maximum(self.tolerance * start, ROUND_OFF * self._magnitude(lanes, x, whole))
+            goal = np.maximum(self.tolerance * start, ROUND_OFF * self._magnitude(lanes, x, start))
             done = size <= goal
             if done.all():
                 break
@@ -147,17 +148,16 @@ class ConjugateGradients:
             matrix.residual(b, x, r)
             (size,) = np.sqrt(self._dots(lanes, (r, None)))
         else:
-            goal = np.maximum(self.tolerance * start, 30 * ROUND_OFF * self._magnitude(lanes, x, whole))
+            goal = np.maximum(self.tolerance * start, 30 * ROUND_OFF * self._magnitude(lanes, x, start))
             if not (size <= 10 * goal).all():
                 worst = float(np.max(size / np.where(start > 0, start, 1)))
                 raise ArithmeticError(f"conjugate gradients reduced a residual to {worst:.1e} only")
         out[:] = x[:n, :count].T
 
-    def _magnitude(self, lanes: int, x: np.ndarray, whole: np.ndarray) -> np.ndarray:
-        """A bound of the norms of the terms of a residual: ``D^-1`` norm of ``|A| |x|`` and of ``b``."""
-        # |A| |x| <= norm * D |x| for each row up to the neighbours' magnitudes
+    def _magnitude(self, lanes: int, x: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """The norms, about, of the terms that a residual is the difference of."""
         scaled = np.sqrt(self._dots_of_solution(lanes, x))
-        return self._norm * scaled + whole
+        return self._norm * scaled + start
 
     def _dots_of_solution(self, lanes: int, x: np.ndarray) -> np.ndarray:
         """Squares ``(lanes,)`` of the norms ``(x^T D x)^(1/2)``."""

@@ -209,6 +209,8 @@ class Substructuring:
         (collective).
         """
         p, comm, count, inside = self.partition, self.partition.comm, len(rows), len(self.partition.interior)
+        if not count:
+            return np.empty(rows.shape)
         local = np.zeros((count, self._size))
         local[:, :inside] = rows[:, p.interior]
         found = np.empty((count, 1, self._size))
