@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import faulthandler
 import os
 import threading
 from collections import defaultdict
@@ -9,6 +10,8 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+
+from tests.limits import HANG, patience
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PETSC_OPTIONS", "-options_left no")  # pytest's own flags are no PETSc options
@@ -29,6 +32,8 @@ hypothesis.settings.load_profile("drawn" if SEED else "fixed")
 PATIENCE = 120.0
 """Seconds that a rank whose test failed waits for the others."""
 _failed, _timer = pytest.StashKey[str](), pytest.StashKey[threading.Timer]()
+_stderr = pytest.StashKey[int]()
+"""A copy of standard error that pytest does not capture."""
 _files = defaultdict(set)
 """Files with tests for a number of ranks, as pytest collected them."""
 
@@ -50,6 +55,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.stash[_stderr] = os.dup(2)
     if SEED:
         hypothesis.core.global_force_seed = int(SEED)
 
@@ -119,8 +125,15 @@ def _give_up(world, item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    """With ``-x`` all ranks stop where one does."""
-    result = yield
+    """A test that hangs ends its process, which prints where it is; with ``-x`` all ranks stop where one does.
+
+    A test with a limit of its own (:func:`tests.limits.time_limit`) is watched by that one.
+    """
+    faulthandler.dump_traceback_later(HANG * patience(), exit=True, file=item.config.stash[_stderr])
+    try:
+        result = yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD

@@ -2,6 +2,7 @@
 
 import numpy as np
 from firedrake import (
+    Constant,
     DirichletBC,
     Function,
     FunctionSpace,
@@ -41,7 +42,8 @@ def point_and_direction(rf):
     """A control and a direction that do not depend on the grid."""
     x, y = SpatialCoordinate(rf.evolution.V.mesh())
     pair = []
-    for expression in (lambda n: 1 + x * np.cos(n), lambda n: 3 * cos(3 * x * y + 0.1 * n)):
+    # constants, as each number in an expression would be a kernel of its own
+    for expression in (lambda n: 1 + x * Constant(np.cos(n)), lambda n: 3 * cos(3 * x * y + Constant(0.1 * n))):
         f = rf.function(rf.array(rf.controls[0].control))
         parts = f.subfunctions if rf.evolution.per_step else [f]
         for i, part in enumerate(parts):

@@ -12,10 +12,17 @@ from contextlib import contextmanager
 
 import numpy as np
 
-__all__ = ["slowness", "time_limit"]
+__all__ = ["HANG", "patience", "slowness", "time_limit"]
 
 GRACE = 20.0
 """Seconds until a rank ends that its signal cannot interrupt, as it waits inside MPI."""
+HANG = 240.0
+"""Seconds after which a test without a limit of its own is taken for a hang."""
+
+
+def patience() -> float:
+    """What limits of time are multiplied by: the environment variable ``PINT_FEM_TEST_PATIENCE``."""
+    return float(os.environ.get("PINT_FEM_TEST_PATIENCE", "1"))
 
 
 @contextmanager
@@ -30,7 +37,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     seconds
         Wall-clock time, scaled by the environment variable ``PINT_FEM_TEST_PATIENCE`` on slow machines.
     """
-    seconds *= float(os.environ.get("PINT_FEM_TEST_PATIENCE", "1"))
+    seconds *= patience()
 
     def stop(signum, frame):
         raise TimeoutError(f"not done after {seconds:g} s: a hang, or a much slower machine")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from firedrake import (
     Cofunction,
+    Constant,
     DirichletBC,
     Function,
     FunctionSpace,
@@ -104,7 +105,7 @@ def point_and_direction(rf, seed=0):
                     part.assign(np.cos(phase + i + 0.3 * n))
                 else:
                     x, y = SpatialCoordinate(rf.evolution.V.mesh())
-                    part.interpolate(cos(phase + i + 0.2 * n + x - y))
+                    part.interpolate(cos(Constant(phase + i + 0.2 * n) + x - y))
         pair.append(values if len(values) > 1 else values[0])
     return pair
 

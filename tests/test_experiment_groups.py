@@ -66,7 +66,7 @@ class Heating:
         part = layout.part(out, self.q)
         f = Function(self.V)
         for n, row in enumerate(np.atleast_2d(part), start=layout.slab.lo if part.ndim == 2 else 0):
-            row[:] = get(f.interpolate(0.3 * fd.sin(3 * x[0] + seed + n) + 0.2 * x[1]))
+            row[:] = get(f.interpolate(0.3 * fd.sin(3 * x[0] + fd.Constant(seed + n)) + 0.2 * x[1]))
         return out
 
     def numbers(self):

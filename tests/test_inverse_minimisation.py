@@ -306,7 +306,8 @@ def test_the_matrix_of_few_controls_has_the_products_of_sweeps():
     z, dz = (p.J.function(np.zeros(p.J.layout.size)) for _ in range(2))
     for f in (z, dz):
         for part in f:
-            part.interpolate(SpatialCoordinate(part.function_space().mesh())[0] ** 2 + rng.standard_normal())
+            x = SpatialCoordinate(part.function_space().mesh())[0]
+            part.interpolate(x**2 + Constant(rng.standard_normal()))
     z, dz = p.J.array(z), p.J.array(dz)
     expected, F = p.J.problem.hessian_action(z, dz), p.J.parameter_to_observable()
     close = lambda x: np.testing.assert_allclose(x, expected, rtol=0, atol=1e-11 * np.abs(expected).max())

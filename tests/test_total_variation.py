@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from firedrake import (
+    Constant,
     DirichletBC,
     Function,
     FunctionSpace,
@@ -210,7 +211,7 @@ def test_one_value_per_step_is_summed_with_the_time_step():
     )
     rows = J.function(J.array(J.controls[0].control))
     for i, part in enumerate(rows.subfunctions, start=J.layout.slab.lo):
-        part.interpolate((i + 1) * x)
+        part.interpolate(Constant(i + 1) * x)
     size = sum(0.25 * 0.05 * np.sqrt((i + 1) ** 2 + 1e-4) for i in range(4))
     assert J.problem.regularisation.value(J.array(rows)) == pytest.approx(size, rel=1e-12)
     result = J.minimize_trust_region(gtol_rel=1e-8, max_it=30)
