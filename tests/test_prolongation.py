@@ -26,8 +26,8 @@ from firedrake.mg.interface import assemble_prolongation_aij
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
-from pint_fem.kernels.arrays import get, own_size, put
 from pint_fem.kernels import prolongation as prolongation_module
+from pint_fem.kernels.arrays import get, own_size, put
 from pint_fem.kernels.prolongation import prolongation
 
 SIMPLE = {"partitioner_type": "simple"}
