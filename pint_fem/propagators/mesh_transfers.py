@@ -13,12 +13,18 @@ takes :math:`P^T` and :math:`R^T`, which suit dual vectors.
 States and their residuals are functions, of which the coarser mesh shall get the smooth part: what it cannot represent
 must not appear there as something else, as a coarse solve amplifies a smooth residual by the number of its steps.
 Degrees of freedom that are nodal values (CG, DG, vectors of them) are averaged, :math:`R_{0,II} = D^{-1} P_{0,II}^T`
-with rows that sum to one (full weighting), and ``J`` is injection. The degrees of freedom of Nedelec, Raviart-Thomas
-and BDM elements are moments on edges, facets and cells, whose sums mean nothing: there :math:`R_0` projects to
-polynomials of one degree less in each coarse cell and averages where cells meet
-(:func:`~pint_fem.kernels.prolongation.cell_averages`). The canonical interpolation, by the coarse moments of a fine
-function, commutes with derivatives, but hands oscillations on unweakened: with damped waves cycles diverge where those
-with averages converge.
+with rows that sum to one (full weighting), and ``J`` is injection. Other degrees of freedom are moments on edges,
+facets and cells, whose sums mean nothing.
+
+*Nedelec elements.* :math:`R_0` projects to polynomials of one degree less in each coarse cell and averages where cells
+meet (:func:`~pint_fem.kernels.prolongation.cell_averages`). The canonical interpolation, by the coarse moments of a
+fine function, commutes with derivatives, but hands oscillations on unweakened: with damped waves cycles diverge where
+those with averages converge.
+
+*Raviart-Thomas and BDM elements.* :math:`R_{0,II} = (P^T M P)^{-1} P^T M` with the mass matrix ``M``, the :math:`L^2`
+projection. A magnetic field in RT that is no curl does not change in time, and averages introduce such fields: errors
+that no cycle removes. The projection, whose transposed pair is again projection and interpolation of functions, keeps
+state and adjoint convergent.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ from functools import reduce
 from itertools import pairwise
 
 import numpy as np
-from firedrake import DirichletBC
+from firedrake import DirichletBC, TestFunction, TrialFunction, assemble, dx, inner
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.mg.utils import get_level
 from firedrake.petsc import PETSc
@@ -37,7 +43,8 @@ from pyadjoint.tape import stop_annotating
 
 from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import boundary_rows, is_real, like_subspace, own_size
-from pint_fem.kernels.block_operator import BlockOperator
+from pint_fem.kernels.block_operator import BlockOperator, ManySolves
+from pint_fem.kernels.factor import Factor
 from pint_fem.kernels.prolongation import cell_averages, prolongation
 from pint_fem.mgrit.transfer import Transfer
 
@@ -81,8 +88,13 @@ def mesh_transfer(
     with stop_annotating():
         fields = zip(_fields(V_fine, bcs), _fields(V_coarse, coarse_bcs), strict=True)
         made = [_of_field(fine, coarse, what) for fine, coarse in fields]
-    R, P = (_diagonal(blocks) for blocks in zip(*made, strict=True))
-    return Transfer(*(BlockOperator(A) for A in (R, P, R.transpose(PETSc.Mat()), P.transpose(PETSc.Mat()))))
+    R, P = (_diagonal([field[i] for field in made]) for i in (0, 1))
+    down, up, back = (BlockOperator(A) for A in (R, R.transpose(PETSc.Mat()), P.transpose(PETSc.Mat())))
+    if all(mass is None for _, _, mass in made):
+        return Transfer(down, BlockOperator(P), up, back)
+    mass = _diagonal([_identity(_vector(R.createVecLeft(), 1.0)) if mass is None else mass for R, _, mass in made])
+    solve = ManySolves(Factor(mass, {}, symmetric=True, prefix="transfer_"))
+    return Transfer(lambda u: solve(down(u)), BlockOperator(P), lambda v: up(solve(v)), back)
 
 
 def _fields(V: WithGeometry, bcs: Sequence[DirichletBC]) -> list[tuple[WithGeometry, np.ndarray]]:
@@ -105,11 +117,13 @@ def _diagonal(blocks: Sequence[PETSc.Mat]) -> PETSc.Mat:
 
 def _of_field(
     fine: tuple[WithGeometry, np.ndarray], coarse: tuple[WithGeometry, np.ndarray], what: str
-) -> tuple[PETSc.Mat, PETSc.Mat]:
-    """Restriction and prolongation of one field, given with its rows that have a condition."""
+) -> tuple[PETSc.Mat, PETSc.Mat, PETSc.Mat | None]:
+    """Restriction and prolongation of one field, given with its rows that have a condition; and the matrix by whose
+    inverse the restriction is multiplied, if there is one.
+    """
     (V, fixed), (W, coarse_fixed) = fine, coarse
     pairs = list(pairwise(_spaces(V, W, what)))
-    P0 = _product([prolongation(*pair) for pair in reversed(pairs)])
+    P0, mass = _product([prolongation(*pair) for pair in reversed(pairs)]), None
     below, above = P0.createVecs()
     free, free_coarse = _free(above, fixed), _free(below, coarse_fixed)
     P = P0.copy()
@@ -120,15 +134,31 @@ def _of_field(
         R = P.transpose(PETSc.Mat())
         sums = _row_sums(R)
         R.diagonalScale(_vector(below, 1 / np.where(sums == 0, 1, sums)))
+    elif V.finat_element.mapping == "contravariant piola":
+        M = assemble(inner(TrialFunction(V), TestFunction(V)) * dx, mat_type="aij").petscmat
+        R = P.transposeMatMult(M)
+        R.diagonalScale(None, free)
+        mass = M.ptap(P)
     else:
         R = _product([cell_averages(*pair) for pair in pairs])
         R.diagonalScale(free_coarse, free)
     for vec in (free, free_coarse):
         vec.array[:] = 1 - vec.array_r
+    if mass is not None:
+        mass.axpy(1.0, _identity(free_coarse), structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
     P0.diagonalScale(free, free_coarse)
     J = _injection(P0.transpose(PETSc.Mat()), is_nodal=is_nodal)
     R.axpy(1.0, J, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
-    return R, P
+    return R, P, mass
+
+
+def _identity(diagonal: PETSc.Vec) -> PETSc.Mat:
+    """The diagonal matrix of a vector."""
+    first, last = diagonal.getOwnershipRange()
+    rows = np.arange(last - first + 1, dtype=PETSc.IntType)
+    csr = rows, rows[:-1] + PETSc.IntType(first), diagonal.array_r.copy()
+    size = diagonal.getSizes()
+    return PETSc.Mat().createAIJ((size, size), csr=csr, comm=diagonal.comm)
 
 
 def _spaces(V: WithGeometry, W: WithGeometry, what: str) -> list[WithGeometry]:
