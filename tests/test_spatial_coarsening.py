@@ -1,6 +1,7 @@
 """Spatial coarsening between time levels: the transfers, whole sweeps through them, what refuses to work."""
 
 from itertools import pairwise, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,16 +14,20 @@ from firedrake import (
     MixedFunctionSpace,
     SpatialCoordinate,
     TestFunction,
+    TestFunctions,
     TrialFunction,
     UnitCubeMesh,
     UnitSquareMesh,
     VectorFunctionSpace,
     as_vector,
     assemble,
+    div,
     dot,
     dx,
     grad,
+    inner,
     sin,
+    split,
 )
 from firedrake.adjoint import taylor_test
 from irksome import Dt
@@ -36,6 +41,7 @@ from pint_fem.propagators.mesh_transfers import mesh_transfer
 from pint_fem.propagators.spatial import SpatialLevels, coarse_evolution
 from pint_fem.sweeps.steps import LinearStep
 from pint_fem.sweeps.sweeps import Sweeps
+from problems import maxwell as maxwell_equations
 from tests.heat import heat, point_and_direction
 
 SIMPLE = {"partitioner_type": "simple"}
@@ -412,6 +418,76 @@ def check_shared_meshes(make):
     assert Ja == Jb
     slab = a.problem.sweeps.slab
     assert np.array_equal(a.problem.U, b.problem.U[slab.lo : slab.hi + 1])
+
+
+# -- whole sweeps of Maxwell's equations and a mixed heat equation --------------------------------------------------
+def maxwell(mesh, *, steps, sigma=20.0, dt=0.05):
+    """Fields in a lossy box with conducting walls; the control is the current."""
+    V = maxwell_equations.state_space(mesh)
+    u, current = Function(V), Function(FunctionSpace(mesh, "N1curl", 1))
+    medium = SimpleNamespace(epsilon=Constant(1.0), mu=Constant(1.0), sigma=Constant(sigma))
+    bcs = maxwell_equations.perfect_conductor(V, maxwell_equations.Walls())
+    residual = maxwell_equations.residual(u, medium, current=current)
+    return pf.Evolution(residual, u, tableau=pf.SDIRK2(), dt=dt, nsteps=steps, control=current, bcs=bcs)
+
+
+def darcy(mesh, *, steps, dt=4e-3):
+    """Heat in mixed form, with a flux that takes a short time to follow the gradient; the control is the source."""
+    V = FunctionSpace(mesh, "RT", 1) * FunctionSpace(mesh, "DG", 0)
+    u, q = Function(V), Function(V.sub(1).collapse())
+    (w, p), (v, r) = split(u), TestFunctions(V)
+    F = inner(w + Dt(w) / 100, v) * dx - p * div(v) * dx + (Dt(p) + div(w) - q) * r * dx
+    return pf.Evolution(F, u, tableau=pf.BackwardEuler(), dt=dt, nsteps=steps, control=q)
+
+
+def moments_problem(kind, st, *, space, steps, m, **options):
+    """A functional of one of them; the observed field of Maxwell's equations is E."""
+    if kind == "Maxwell 3-D":
+        mesh = UnitCubeMesh(2, 2, 2, comm=st.space_comm, distribution_parameters=SIMPLE)
+        ev = maxwell(MeshHierarchy(mesh, 1)[-1], steps=steps, sigma=10.0, dt=0.1)
+    else:
+        ev = {"Maxwell": maxwell, "Darcy": darcy}[kind](meshes(6, 1, st.space_comm)[-1], steps=steps)
+    seen = split(ev.u)[1 if kind == "Darcy" else 0]
+    mgrit = {"levels": 2, "coarsening": m, "rtol": 1e-9} | options
+    rf = pf.TimeParallelReducedFunctional(
+        ev, [pf.RunningMisfit(inner(seen, seen) * dx)], spacetime=st,
+        solver_parameters={"mgrit": mgrit, "spatial_coarsening": space},
+    )  # fmt: skip
+    x = SpatialCoordinate(ev.V.mesh().unique())
+    q = Function(ev.control.function_space())
+    q.interpolate(as_vector([x[1], 1 - x[0], x[0] * x[1]][: len(x)]) if q.ufl_shape else 1 + x[0] * x[1])
+    return rf, q
+
+
+CYCLES = {"Maxwell": (64, 8, 7), "Darcy": (64, 4, 13), "Maxwell 3-D": (256, 8, 26)}
+"""Steps, m and the cycles in which state and adjoint converge."""
+
+
+def check_moments_problem(kind, st):
+    steps, m, most = CYCLES[kind]
+    (serial, q), (rf, z) = (
+        moments_problem(kind, st, space=space, steps=steps, m=m, **options)
+        for space, options in ((None, {"levels": 1}), (True, {"max_it": most}))
+    )
+    values = [float(f(x)) for f, x in ((serial, q), (rf, z))]
+    assert abs(values[1] - values[0]) <= 1e-8 * abs(values[0])
+    g, h = (get(f.derivative()) for f in (serial, rf))
+    total = lambda a: st.space_comm.allreduce(float(np.vdot(a, a)))
+    assert total(g - h) <= 1e-14 * total(g)
+    results = [result for _, result in rf.problem.sweeps.results]
+    assert all(result.converged and 1 < result.cycles <= most for result in results)
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("kind", ["Maxwell", "Darcy"])
+def test_moments_converge_to_the_same_discrete_problem(kind):
+    """On one rank, and on two of them in time, then in space: J and gradient are those of sequential stepping."""
+    for grid in {"1x1"} if MPI.COMM_WORLD.size == 1 else ("1x2", "2x1"):
+        check_moments_problem(kind, pf.SpaceTime(grid))
+
+
+def test_moments_in_three_dimensions_converge_to_the_same_discrete_problem():
+    check_moments_problem("Maxwell 3-D", alone())
 
 
 # -- evolutions by hand, refusals --------------------------------------------------------------------------------------

@@ -66,15 +66,38 @@ def coarse_evolution(evolution: Evolution, meshes: int = 1) -> Evolution:
     return evolution
 
 
+class Injection:
+    """Data of a fine mesh on a coarser one: ``injection(fine, coarse)`` sets the values of ``coarse``.
+
+    Nodal values are those of the fine function at the coarse nodes, or its mean values where it has jumps; moments of
+    Nedelec, Raviart-Thomas and BDM elements are restricted as states are.
+    """
+
+    def __init__(self) -> None:
+        self._manager = TransferManager()
+        self._transfers: dict[tuple, Transfer] = {}
+
+    def __call__(self, fine: Function, coarse: Function) -> None:
+        """Set the values of ``coarse`` (collective over the mesh's communicator)."""
+        for source, target in zip(fine.subfunctions, coarse.subfunctions, strict=True):
+            V, W = source.function_space(), target.function_space()
+            if V.finat_element.mapping == "affine":
+                self._manager.inject(source, target)
+                continue
+            if (V, W) not in self._transfers:
+                self._transfers[V, W] = mesh_transfer(V, W)
+            put(target, self._transfers[V, W].restrict(get(source)[None])[0])
+
+
 def _next_coarser(ev: Evolution) -> Evolution:
     """The evolution on the next coarser mesh."""
-    manager, mapping = TransferManager(), {}
+    inject, mapping = Injection(), {}
     values = [boundary_value(bc) for bc in ev.bcs]
     found = dict.fromkeys(c for part in (ev.residual, *values) for c in extract_coefficients(part))
     for c in [f for f in (ev.u, *ev.parameters, ev.t) if f is not None] + list(found):
         if c not in mapping:
             mapping[c] = Function(coarsen(c.function_space(), coarsen), name=c.name())
-            manager.inject(c, mapping[c])
+            inject(c, mapping[c])
     V = mapping[ev.u].function_space()
     bcs = []
     for bc, value in zip(ev.bcs, values, strict=True):
@@ -82,7 +105,7 @@ def _next_coarser(ev: Evolution) -> Evolution:
         value = given if isinstance(given, Number) else coarsen(value, coarsen, coefficient_mapping=mapping)
         bcs.append(type(bc)(like_subspace(V, bc), value, bc.sub_domain))
     initial = Function(V)
-    manager.inject(ev.initial, initial)
+    inject(ev.initial, initial)
     bases = {name: basis and basis.rediscretise(V) for name, basis in ev.bases.items()}
     made = Evolution(
         coarsen(ev.residual, coarsen, coefficient_mapping=mapping), mapping[ev.u], tableau=ev.tableau, dt=ev.dt,
@@ -175,7 +198,7 @@ class SpatialLevels:
                     "coarser mesh does not represent is never corrected; give 'FCF'"
                 )
             self.transfers.append(mesh_transfer(fine.V, coarse.V, fine.bcs, coarse.bcs))
-        self._manager = TransferManager()
+        self._inject = Injection()
 
     @property
     def transposed_transfers(self) -> list[Transfer | None]:
@@ -189,7 +212,7 @@ class SpatialLevels:
             for fine, coarse in evolution.injected.items():
                 if fine in changed:
                     with stop_annotating():
-                        self._manager.inject(fine, coarse)
+                        self._inject(fine, coarse)
                     changed.add(coarse)
         return changed
 
@@ -214,7 +237,7 @@ class SpatialLevels:
                 f, c = Function(f.function_space()), Function(c.function_space())
                 for value, injected in zip(source, target, strict=True):
                     put(f, value)
-                    self._manager.inject(f, c)
+                    self._inject(f, c)
                     injected[:] = get(c)
         return out if z.ndim == 2 else out[0]
 
