@@ -27,7 +27,7 @@ from pint_fem.all_at_once.grids import is_integer
 from pint_fem.errors import InputError
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.kernels.arrays import get, like_subspace, put
+from pint_fem.kernels.arrays import get, is_real, like_subspace, put
 from pint_fem.mgrit.transfer import Transfer
 from pint_fem.propagators.mesh_transfers import mesh_transfer
 
@@ -81,7 +81,7 @@ class Injection:
         """Set the values of ``coarse`` (collective over the mesh's communicator)."""
         for source, target in zip(fine.subfunctions, coarse.subfunctions, strict=True):
             V, W = source.function_space(), target.function_space()
-            if V.finat_element.mapping == "affine":
+            if is_real(V) or V.finat_element.mapping == "affine":
                 self._manager.inject(source, target)
                 continue
             if (V, W) not in self._transfers:
