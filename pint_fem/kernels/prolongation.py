@@ -69,6 +69,9 @@ def prolongation(coarse: WithGeometry, fine: WithGeometry) -> PETSc.Mat:
         found = None if reference is None else _children(coarse, fine)
         if fine.comm.allreduce(found is not None, op=MPI.LAND):
             return _assembled(coarse, fine, *found, reference)
+        # on extruded meshes Firedrake's loop may abort, and for Piola maps run the code of another element
+        if fine.mesh().extruded or getattr(fine.finat_element, "mapping", None) != "affine":
+            raise InputError(f"{what} is assembled on meshes of simplices only: give such a mesh, or another element")
         try:
             return assemble_prolongation_aij(coarse, fine).petscmat.copy()
         except (NotImplementedError, ValueError, KeyError, AttributeError) as error:
@@ -151,7 +154,7 @@ class _Reference:
                 return None
             made = cls(element, mapping)
             own = made.entries(np.eye(mesh.topological_dimension)[None], np.zeros((1, mesh.topological_dimension)))[0]
-        except (NotImplementedError, AttributeError):
+        except (NotImplementedError, AttributeError, TypeError):
             return None
         return made if np.abs(own - np.eye(len(own))).max() < 1e-8 else None
 

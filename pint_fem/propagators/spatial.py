@@ -5,9 +5,9 @@ damped by C-relaxation only, one with eigenvalue :math:`\lambda` by :math:`|\lam
 error propagation :math:`I - P A_c^{-1} R A` has the eigenvalue one, and with steps that are small for the fine mesh
 (:math:`m\,\Delta t / \Delta x^2` far below one for the heat equation) cycles converge slowly. For P1 on a uniform
 mesh of width h the slowest such mode of the Laplacian has the eigenvalue :math:`3/h^2`. Oscillations of Maxwell's
-equations decay as :math:`\exp(-\sigma t / 2 \epsilon)`, whatever the mesh: without losses cycles do not converge. Nor do
-they where data drive what does not change in time and the coarser mesh cannot represent: in three dimensions, adjoints
-of a misfit of B, whose part that is no curl is such a field (misfits of E have none).
+equations decay as :math:`\exp(-\sigma t / 2 \epsilon)`, whatever the mesh: without losses cycles do not converge. Nor
+do they where data drive what does not change in time and the coarser mesh cannot represent: in three dimensions
+adjoints of a misfit of B, whose part that is no curl is such a field (misfits of E have none).
 """
 
 from __future__ import annotations
