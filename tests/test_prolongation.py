@@ -5,6 +5,7 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 from firedrake import (
+    ExtrudedMeshHierarchy,
     Function,
     FunctionSpace,
     Mesh,
@@ -26,9 +27,9 @@ from firedrake.mg.interface import assemble_prolongation_aij
 from mpi4py import MPI
 
 from pint_fem.errors import InputError
-from pint_fem.kernels.arrays import get, own_size, put
 from pint_fem.kernels import prolongation as prolongation_module
-from pint_fem.kernels.prolongation import prolongation
+from pint_fem.kernels.arrays import get, own_size, put
+from pint_fem.kernels.prolongation import cell_averages, prolongation
 
 SIMPLE = {"partitioner_type": "simple"}
 NODAL = [("CG", 1), ("CG", 2), ("DG", 0), ("DG", 1), ("vector", 1)]
@@ -157,3 +158,27 @@ def test_what_is_no_successive_pair_is_refused():
             prolongation(*pair)
     with pytest.raises(InputError, match="same element"):
         prolongation(FunctionSpace(hierarchy[0], "CG", 1), FunctionSpace(hierarchy[1], "CG", 2))
+
+
+def test_what_is_not_known_is_refused():
+    """Moments on quadrilaterals, and extruded meshes; nodal values on quadrilaterals are known."""
+    flat = MeshHierarchy(UnitSquareMesh(2, 2, quadrilateral=True), 1)
+    extruded = ExtrudedMeshHierarchy(MeshHierarchy(UnitSquareMesh(1, 1), 1), 1, base_layer=1)
+    for hierarchy, element in ((flat, ("RTCE", 1)), (flat, ("RTCF", 1)), (extruded, ("CG", 1))):
+        coarse, fine = (FunctionSpace(mesh, *element) for mesh in hierarchy)
+        with pytest.raises(InputError, match="meshes of simplices only"):
+            prolongation(coarse, fine)
+        with pytest.raises(InputError, match="no projection"):
+            cell_averages(coarse, fine)
+    coarse, fine = (FunctionSpace(mesh, "CG", 2) for mesh in flat)
+    assert (prolongation(coarse, fine) - assemble_prolongation_aij(coarse, fine).petscmat).norm() < 1e-12
+
+
+def test_averages_of_polynomials():
+    """Those of one degree less than the element's are kept, where cells meet, too."""
+    coarse, fine = meshes(2)
+    for family, degree in PIOLA:
+        W, V = (FunctionSpace(mesh, family, degree) for mesh in (coarse, fine))
+        x, y = (as_vector([(1 + 2 * z[0] - z[1]) ** (degree - 1), 2.0]) for z in map(SpatialCoordinate, (coarse, fine)))
+        f, g = Function(V).interpolate(y), Function(W).interpolate(x)
+        assert np.abs(get(prolonged(cell_averages(W, V), f, W)) - get(g)).max() < 1e-12

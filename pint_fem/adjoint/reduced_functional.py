@@ -238,7 +238,7 @@ def _problem(
             parameters.pop(name, None)
     if plain:
         steps = steps | {"propagator": solver.propagator if like is None else sharing(like)}
-    spatial_coarsening = parameters.pop("spatial_coarsening", None)
+    spatial_coarsening = parameters.pop("spatial_coarsening", None) or solver.meshes or None
     norm, krylov = parameters.pop("norm", "l2"), krylov_options(parameters.pop("krylov", None), own.options_prefix)
     if krylov is not None and solver.kind == "paradiag":
         raise InputError("krylov accelerates MGRIT's sweeps, not time_solver 'paradiag': leave one of them out")

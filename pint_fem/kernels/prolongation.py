@@ -22,6 +22,7 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
+from FIAT.polynomial_set import ONPolynomialSet
 from FIAT.quadrature_schemes import create_quadrature
 from firedrake import FiniteElement, Function, FunctionSpace, SpatialCoordinate, VectorElement
 from firedrake.functionspaceimpl import WithGeometry
@@ -34,7 +35,7 @@ from pyadjoint.tape import stop_annotating
 
 from pint_fem.errors import InputError
 
-__all__ = ["averaged_projection", "prolongation"]
+__all__ = ["cell_averages", "prolongation"]
 
 _CHUNK = 1 << 16
 """Cells whose vertices are compared at a time."""
@@ -68,19 +69,21 @@ def prolongation(coarse: WithGeometry, fine: WithGeometry) -> PETSc.Mat:
         found = None if reference is None else _children(coarse, fine)
         if fine.comm.allreduce(found is not None, op=MPI.LAND):
             return _assembled(coarse, fine, *found, reference)
+        # on extruded meshes Firedrake's loop may abort, and for Piola maps run the code of another element
+        if fine.mesh().extruded or getattr(fine.finat_element, "mapping", None) != "affine":
+            raise InputError(f"{what} is assembled on meshes of simplices only: give such a mesh, or another element")
         try:
             return assemble_prolongation_aij(coarse, fine).petscmat.copy()
         except (NotImplementedError, ValueError, KeyError, AttributeError) as error:
             raise InputError(f"{what} cannot be assembled: {error}") from error
 
 
-def averaged_projection(coarse: WithGeometry, fine: WithGeometry) -> PETSc.Mat:
-    r"""The matrix that projects functions to each cell of the coarser mesh and averages where cells meet (collective
-    over the mesh's communicator).
+def cell_averages(coarse: WithGeometry, fine: WithGeometry) -> PETSc.Mat:
+    r"""The matrix that averages functions on the cells of the coarser mesh (collective over the mesh's communicator).
 
-    In the reference element of a coarse cell, with its inner product :math:`(\cdot, \cdot)` and the basis functions
-    :math:`\hat\psi_j` of the fine cells in it, the projection is :math:`\hat M^{-1} (\hat\phi_i, \hat\psi_j)`. Degrees of
-    freedom that several coarse cells share are means over these. Functions of the coarse space are reproduced.
+    On each coarse cell a function is projected, in :math:`L^2` of the reference element, to polynomials of one degree
+    less than the element's (constants at least); a degree of freedom that several coarse cells share is the mean of
+    theirs. Such polynomials are reproduced, other functions of the coarse space are smoothed.
 
     Parameters
     ----------
@@ -151,7 +154,7 @@ class _Reference:
                 return None
             made = cls(element, mapping)
             own = made.entries(np.eye(mesh.topological_dimension)[None], np.zeros((1, mesh.topological_dimension)))[0]
-        except (NotImplementedError, AttributeError):
+        except (NotImplementedError, AttributeError, TypeError):
             return None
         return made if np.abs(own - np.eye(len(own))).max() < 1e-8 else None
 
@@ -173,18 +176,23 @@ class _Reference:
         values = values.reshape(len(values), self.weights.shape[1], *points.shape[:2])
         return np.einsum("icq,mcd,jdmq->mij", self.weights, _PULLBACKS[self.mapping](A), values, optimize=True)
 
-    def projections(self, A: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """The parts of the projection to the reference element that fine cells, images of it under affine maps,
-        contribute; arguments and result as for :meth:`entries`.
+    def averages(self, A: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """The degrees of freedom of the projection to polynomials of one degree less, as far as fine cells, images of
+        the reference element under affine maps, contribute; arguments and result as for :meth:`entries`.
         """
-        rule = create_quadrature(self.element.get_reference_element(), 2 * self.element.degree())
-        (values,) = self.element.tabulate(0, rule.get_points()).values()
-        values, weights = values.reshape(len(values), -1, len(rule.get_points())), rule.get_weights()
-        product = lambda a, b: np.einsum("icq,jcq,q->ij", a, b, weights)
+        cell, degree = self.element.get_reference_element(), self.element.degree()
+        rule, d = create_quadrature(cell, 2 * degree), A.shape[-1]
+        polynomials = ONPolynomialSet(cell, max(degree - 1, 0))  # orthogonal
+        at = lambda points: polynomials.tabulate(points.reshape(-1, d))[(0,) * d].reshape(-1, *points.shape[:-1])
+        points, weights = np.asarray(rule.get_points()), np.asarray(rule.get_weights())
+        (values,) = self.element.tabulate(0, points).values()
+        values = values.reshape(len(values), -1, len(points))
+        norms = at(points) ** 2 @ weights
         push = np.linalg.inv(_PULLBACKS[self.mapping](A))
-        moved = np.einsum("mcd,jdq->mjcq", push, values)
-        masses = np.einsum("micq,mjcq,q,m->mij", moved, moved, weights, np.abs(np.linalg.det(A)), optimize=True)
-        return np.linalg.solve(product(values, values), self.entries(A, b).transpose(0, 2, 1) @ masses)
+        images = at(np.einsum("mab,qb->mqa", A, points) + b[:, None])
+        size = np.abs(np.linalg.det(A))
+        moments = np.einsum("pmq,q,m,mcd,jdq->mpcj", images, weights, size, push, values, optimize=True)
+        return np.einsum("icq,pq,p,mpcj->mij", self.weights, at(self.points), 1 / norms, moments, optimize=True)
 
 
 _PULLBACKS = {
@@ -282,8 +290,8 @@ def _averaged(
     coarse: WithGeometry, fine: WithGeometry, parents: np.ndarray, which: np.ndarray, A: np.ndarray, b: np.ndarray,
     reference: _Reference,
 ) -> PETSc.Mat:  # fmt: skip
-    """The matrix of :func:`averaged_projection`, arguments as of :func:`_assembled`."""
-    parts = reference.projections(A, b)
+    """The matrix of :func:`cell_averages`, arguments as of :func:`_assembled`."""
+    parts = reference.averages(A, b)
     rows, columns = (V.dof_dset.lgmap.block_indices[V.cell_node_map().values_with_halo] for V in (coarse, fine))
     counts = PETSc.Vec().createMPI((coarse.dof_dset.size, None), comm=coarse.comm)
     own = rows[: coarse.mesh().cell_set.size].ravel()

@@ -8,7 +8,8 @@ from pint_fem.propagators.choice import make_propagator
 from pint_fem.propagators.coefficients.propagator import CoefficientPropagator
 from pint_fem.propagators.form import FormPropagator
 from pint_fem.propagators.linear import LinearPropagator
-from pint_fem.propagators.spatial import coarse_evolution, mesh_transfer
+from pint_fem.propagators.mesh_transfers import mesh_transfer
+from pint_fem.propagators.spatial import coarse_evolution
 from pint_fem.propagators.tape import TapePropagator
 
 __all__ = [

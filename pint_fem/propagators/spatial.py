@@ -1,21 +1,13 @@
 r"""Spatial coarsening: evolutions and transfers of coarse time levels on coarser meshes of a ``MeshHierarchy``.
 
-With :math:`P_0` the interpolation from the coarser mesh, ``I`` the degrees of freedom without and ``B`` those with a
-Dirichlet condition,
-
-.. math::
-    P = \begin{pmatrix} P_{0,II} & 0 \\ 0 & 0 \end{pmatrix}, \qquad
-    R = \begin{pmatrix} D^{-1} P_{0,II}^T & 0 \\ 0 & J \end{pmatrix},
-
-``D`` makes the rows of ``R`` sum to one (full weighting: states and their residuals are nodal values) and ``J`` injects
-boundary values. Corrections vanish on ``B``; a residual that is zero there stays zero. The adjoint takes
-:math:`P^T` and :math:`R^T`, which suit dual vectors.
-
 The coarse solve does not correct all of a state at the C-points. Modes that the coarser mesh does not represent are
 damped by C-relaxation only, one with eigenvalue :math:`\lambda` by :math:`|\lambda|^m`: with F-relaxation alone the
 error propagation :math:`I - P A_c^{-1} R A` has the eigenvalue one, and with steps that are small for the fine mesh
 (:math:`m\,\Delta t / \Delta x^2` far below one for the heat equation) cycles converge slowly. For P1 on a uniform
-mesh of width h the slowest such mode of the Laplacian has the eigenvalue :math:`3/h^2`.
+mesh of width h the slowest such mode of the Laplacian has the eigenvalue :math:`3/h^2`. Oscillations of Maxwell's
+equations decay as :math:`\exp(-\sigma t / 2 \epsilon)`, whatever the mesh: without losses cycles do not converge. Nor
+do they where data drive what does not change in time and the coarser mesh cannot represent: in three dimensions
+adjoints of a misfit of B, whose part that is no curl is such a field (misfits of E have none).
 """
 
 from __future__ import annotations
@@ -27,13 +19,9 @@ from numbers import Number
 from typing import Any
 
 import numpy as np
-from firedrake import DirichletBC, Function, TransferManager
-from firedrake.functionspaceimpl import WithGeometry
-from firedrake.mg.interface import assemble_prolongation_aij
+from firedrake import Function, TransferManager
 from firedrake.mg.ufl_utils import ReconstructionError, coarsen
 from firedrake.mg.utils import get_level
-from firedrake.petsc import PETSc
-from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import extract_coefficients
 
@@ -41,136 +29,11 @@ from pint_fem.all_at_once.grids import is_integer
 from pint_fem.errors import InputError
 from pint_fem.evolution.boundary import boundary_value
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.kernels.arrays import boundary_rows, get, like_subspace, put
-from pint_fem.kernels.block_operator import BlockOperator
+from pint_fem.kernels.arrays import get, is_real, like_subspace, put
 from pint_fem.mgrit.transfer import Transfer
+from pint_fem.propagators.mesh_transfers import mesh_transfer
 
-__all__ = ["SpatialLevels", "coarse_evolution", "mesh_transfer"]
-
-
-# -- between two meshes --------------------------------------------------------------------------------------------
-def mesh_transfer(
-    V_fine: WithGeometry,
-    V_coarse: WithGeometry,
-    bcs: Sequence[DirichletBC] = (),
-    coarse_bcs: Sequence[DirichletBC] | None = None,
-) -> Transfer:
-    """Restriction and prolongation between the same space on two meshes of a hierarchy.
-
-    Parameters
-    ----------
-    V_fine, V_coarse
-        Spaces of nodal values: CG, DG, vectors of them, mixtures of them.
-    bcs
-        Dirichlet conditions on ``V_fine``.
-    coarse_bcs
-        Those on ``V_coarse``; default: on the same parts of the boundary.
-
-    Returns
-    -------
-    Transfer
-        Maps of blocks ``(k, own_size(V_fine))`` and ``(k, own_size(V_coarse))``. The result for a state is bitwise
-        independent of the others in its block and of its place there.
-
-    Raises
-    ------
-    InputError
-        On every rank, if the spaces do not fit each other or are no spaces of nodal values.
-    """
-    bcs = list(bcs)
-    if coarse_bcs is None:
-        coarse_bcs = [DirichletBC(like_subspace(V_coarse, bc), 0, bc.sub_domain) for bc in bcs]
-    with stop_annotating():
-        P0 = _interpolation(V_fine, V_coarse)
-    coarse, fine = P0.createVecs()
-    free, free_coarse = _free(fine, boundary_rows(bcs, V_fine)), _free(coarse, boundary_rows(coarse_bcs, V_coarse))
-    P = P0.copy()
-    P.diagonalScale(free, free_coarse)
-    R = P.transpose(PETSc.Mat())
-    sums = _row_sums(R)
-    R.diagonalScale(_vector(coarse, 1 / np.where(sums == 0, 1, sums)))
-    for vec in (free, free_coarse):
-        vec.array[:] = 1 - vec.array_r
-    P0.diagonalScale(free, free_coarse)
-    R.axpy(1.0, _injection(P0.transpose(PETSc.Mat())), structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
-    matrices = (R, P, R.transpose(PETSc.Mat()), P.transpose(PETSc.Mat()))
-    return Transfer(*(BlockOperator(matrix) for matrix in matrices))
-
-
-def _interpolation(V_fine, V_coarse) -> PETSc.Mat:
-    """The matrix of the interpolation to the finer mesh, through all meshes between them."""
-    what = f"spatial coarsening from {V_fine.ufl_element()} to {V_coarse.ufl_element()}"
-    if V_fine.ufl_element() != V_coarse.ufl_element():
-        raise InputError(f"{what}: give the same element on both meshes")
-    if len(V_fine) > 1:
-        pairs = zip(V_fine.subspaces, V_coarse.subspaces, strict=True)
-        blocks = [_interpolation(f.collapse(), c.collapse()) for f, c in pairs]
-        rows = [[A if i == j else None for j in range(len(blocks))] for i, A in enumerate(blocks)]
-        return PETSc.Mat().createNest(rows, comm=V_fine.comm).convert("aij")
-    (hierarchy, fine), (other, coarse) = (get_level(V.mesh().unique()) for V in (V_fine, V_coarse))
-    if hierarchy is None or hierarchy is not other or not coarse < fine:
-        raise InputError(f"{what}: give spaces on a mesh of a MeshHierarchy and on a coarser one of it")
-    if V_fine.ufl_element().family() == "Real":
-        raise InputError(f"{what}: not for states in the space of reals")
-    count = hierarchy.refinements_per_level
-    between = [V_fine.reconstruct(mesh=hierarchy._meshes[i]) for i in range(int(coarse * count) + 1, int(fine * count))]
-    P = None
-    try:
-        for c, f in pairwise([V_coarse, *between, V_fine]):
-            step = assemble_prolongation_aij(c, f).petscmat
-            P = step if P is None else step.matMult(P)
-    except (NotImplementedError, ValueError) as error:
-        raise InputError(f"{what}: Firedrake cannot assemble the interpolation: {error}") from error
-    worst = float(np.abs(_row_sums(P) - 1).max(initial=0))
-    if V_fine.comm.allreduce(worst, op=MPI.MAX) > 1e-8:
-        raise InputError(
-            f"{what}: averages of degrees of freedom require nodal values (CG or DG elements and vectors of them); "
-            "coarsen in time only"
-        )
-    return P
-
-
-def _vector(like: PETSc.Vec, values: np.ndarray | float) -> PETSc.Vec:
-    """A vector with the layout of another one and the given own values."""
-    vec = like.duplicate()
-    vec.array[:] = values
-    return vec
-
-
-def _free(like: PETSc.Vec, fixed: np.ndarray) -> PETSc.Vec:
-    """A vector of ones, with zeros in the rows with a condition."""
-    vec = _vector(like, 1.0)
-    vec.array[fixed] = 0
-    return vec
-
-
-def _row_sums(matrix: PETSc.Mat) -> np.ndarray:
-    """Sums of the entries of each own row."""
-    ones, sums = matrix.createVecs()
-    ones.set(1.0)
-    matrix.mult(ones, sums)
-    return sums.array_r.copy()
-
-
-def _injection(BT: PETSc.Mat) -> PETSc.Mat:
-    """The injection of the fine node's value at the place of each coarse one, from the transposed interpolation.
-
-    Where the fine mesh has no node there (unevenly spaced nodes), the average over those to which the coarse one
-    contributes.
-    """
-    start, stop = BT.getOwnershipRange()
-    pointers, columns, values = [0], [], []
-    for row in range(start, stop):
-        where, weights = BT.getRow(row)
-        where, weights = where[weights != 0], weights[weights != 0]
-        here = np.flatnonzero(np.abs(weights - 1) < 1e-9)
-        if len(here):
-            where, weights = where[here[:1]], np.ones(1)
-        columns.extend(where)
-        values.extend(weights / weights.sum() if len(weights) else weights)
-        pointers.append(len(columns))
-    csr = (np.array(pointers, PETSc.IntType), np.array(columns, PETSc.IntType), np.array(values, PETSc.ScalarType))
-    return PETSc.Mat().createAIJ(BT.getSizes(), csr=csr, comm=BT.comm)
+__all__ = ["SpatialLevels", "coarse_evolution"]
 
 
 # -- the evolution on a coarser mesh ---------------------------------------------------------------------------------
@@ -205,15 +68,38 @@ def coarse_evolution(evolution: Evolution, meshes: int = 1) -> Evolution:
     return evolution
 
 
+class Injection:
+    """Data of a fine mesh on a coarser one: ``injection(fine, coarse)`` sets the values of ``coarse``.
+
+    Nodal values are those of the fine function at the coarse nodes, or its mean values where it has jumps; moments of
+    Nedelec, Raviart-Thomas and BDM elements are restricted as states are.
+    """
+
+    def __init__(self) -> None:
+        self._manager = TransferManager()
+        self._transfers: dict[tuple, Transfer] = {}
+
+    def __call__(self, fine: Function, coarse: Function) -> None:
+        """Set the values of ``coarse`` (collective over the mesh's communicator)."""
+        for source, target in zip(fine.subfunctions, coarse.subfunctions, strict=True):
+            V, W = source.function_space(), target.function_space()
+            if is_real(V) or V.finat_element.mapping == "affine":
+                self._manager.inject(source, target)
+                continue
+            if (V, W) not in self._transfers:
+                self._transfers[V, W] = mesh_transfer(V, W)
+            put(target, self._transfers[V, W].restrict(get(source)[None])[0])
+
+
 def _next_coarser(ev: Evolution) -> Evolution:
     """The evolution on the next coarser mesh."""
-    manager, mapping = TransferManager(), {}
+    inject, mapping = Injection(), {}
     values = [boundary_value(bc) for bc in ev.bcs]
     found = dict.fromkeys(c for part in (ev.residual, *values) for c in extract_coefficients(part))
     for c in [f for f in (ev.u, *ev.parameters, ev.t) if f is not None] + list(found):
         if c not in mapping:
             mapping[c] = Function(coarsen(c.function_space(), coarsen), name=c.name())
-            manager.inject(c, mapping[c])
+            inject(c, mapping[c])
     V = mapping[ev.u].function_space()
     bcs = []
     for bc, value in zip(ev.bcs, values, strict=True):
@@ -221,7 +107,7 @@ def _next_coarser(ev: Evolution) -> Evolution:
         value = given if isinstance(given, Number) else coarsen(value, coarsen, coefficient_mapping=mapping)
         bcs.append(type(bc)(like_subspace(V, bc), value, bc.sub_domain))
     initial = Function(V)
-    manager.inject(ev.initial, initial)
+    inject(ev.initial, initial)
     bases = {name: basis and basis.rediscretise(V) for name, basis in ev.bases.items()}
     made = Evolution(
         coarsen(ev.residual, coarsen, coefficient_mapping=mapping), mapping[ev.u], tableau=ev.tableau, dt=ev.dt,
@@ -315,7 +201,7 @@ class SpatialLevels:
                     "coarser mesh does not represent is never corrected; give 'FCF'"
                 )
             self.transfers.append(mesh_transfer(fine.V, coarse.V, fine.bcs, coarse.bcs))
-        self._manager = TransferManager()
+        self._inject = Injection()
 
     @property
     def transposed_transfers(self) -> list[Transfer | None]:
@@ -329,7 +215,7 @@ class SpatialLevels:
             for fine, coarse in evolution.injected.items():
                 if fine in changed:
                     with stop_annotating():
-                        self._manager.inject(fine, coarse)
+                        self._inject(fine, coarse)
                     changed.add(coarse)
         return changed
 
@@ -354,7 +240,7 @@ class SpatialLevels:
                 f, c = Function(f.function_space()), Function(c.function_space())
                 for value, injected in zip(source, target, strict=True):
                     put(f, value)
-                    self._manager.inject(f, c)
+                    self._inject(f, c)
                     injected[:] = get(c)
         return out if z.ndim == 2 else out[0]
 

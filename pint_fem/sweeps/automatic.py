@@ -5,6 +5,12 @@ size), the numbers of cycles are those of :mod:`~pint_fem.theory.model_residuals
 :mod:`~pint_fem.theory.costs` predicts the time of a solve to the tolerance ``typical_rtol`` of most solves. Unless it
 is given, the time of a candidate is the mean of those to ``rtol`` and to its square root.
 
+Where the mesh is one of a ``MeshHierarchy``, the coarse level may be on the next coarser mesh. There is no a-priori
+estimate of that: what the coarser mesh does not represent is damped by C-relaxation only
+(:mod:`~pint_fem.propagators.spatial`). So the best candidate's cycles are counted in an adjoint sweep of few intervals
+from an impulse at all points, with measured times of a step on both meshes; unless it would not pay even if coarse
+steps took no time and cycles were as many as on one mesh.
+
 Times are measured once in a process for each size of a problem; those of the first rank decide on all of them, rounded,
 so that two runs differ only where a choice hardly matters.
 """
@@ -15,22 +21,38 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from firedrake.mg.utils import get_level
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.collective import any_rank, collectively
-from pint_fem.errors import SolverFailure
+from pint_fem.errors import InputError, SolverFailure
 from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.tableaux import Repeated
 from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.mgrit.solver import MGRIT
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.propagators import make_propagator
 from pint_fem.propagators.base import FEPropagator
+from pint_fem.propagators.mesh_transfers import mesh_transfer
+from pint_fem.propagators.spatial import coarse_evolution
 from pint_fem.spacetime import SpaceTime
+from pint_fem.sweeps.steps import LinearStep
 from pint_fem.theory.costs import CLEARLY, TwoLevel, fastest, mgrit_seconds, rounded, sequential_seconds
 from pint_fem.theory.estimates import paradiag_contraction
 from pint_fem.theory.model_residuals import ModelResiduals
 from pint_fem.theory.spectrum import spectrum
 
-__all__ = ["Automatic", "MadePropagator", "automatic", "candidates", "measured_seconds", "share_measured_seconds"]
+__all__ = [
+    "Automatic",
+    "MadePropagator",
+    "OnCoarserMesh",
+    "automatic",
+    "candidates",
+    "measured_seconds",
+    "on_coarser_mesh",
+    "share_measured_seconds",
+]
 
 CANONICAL = (TwoLevel(16, 2, "F"), TwoLevel(32, 2, "F"))
 """Options that are preferred where no other ones are clearly faster."""
@@ -40,7 +62,8 @@ that of a single step; ranks share it.
 """
 SINGLE = 6e-8
 """Round-off of single precision, which ``alpha`` enlarges."""
-MOST_CYCLES = 12
+MOST_CYCLES, INTERVALS = 12, 32
+"""Cycles of a candidate, and intervals in which those with a coarser mesh are counted, at most."""
 _SECONDS: dict[tuple, dict[int, float]] = {}
 
 
@@ -56,11 +79,33 @@ class Automatic:
         With the levels, coarsening, relaxation and steps of the coarse level of ``"mgrit"``.
     why : str
         The reason in one line.
+    meshes : int
+        Number of meshes by which the coarse level is coarser.
     """
 
     kind: str
     mgrit: MGRITOptions
     why: str
+    meshes: int = 0
+
+
+@dataclass(frozen=True)
+class OnCoarserMesh:
+    """MGRIT whose coarse level is on the next coarser mesh.
+
+    Attributes
+    ----------
+    options : TwoLevel or None
+        Its best options; ``None`` where there is no coarser mesh, or none that pays.
+    ratio : float
+        Its predicted time over that of sequential stepping.
+    why : str
+        Why it is not chosen, for the line on the choice.
+    """
+
+    options: TwoLevel | None = None
+    ratio: float = math.inf
+    why: str = ""
 
 
 class MadePropagator:
@@ -169,7 +214,107 @@ def automatic(
     times = mgrit_ratios(seconds, evolution.nsteps, ranks, residuals, tolerances)
     rate = paradiag_contraction(evolution, paradiag.alpha)
     rate = None if rate is None else max(rate, paradiag.alpha, SINGLE / paradiag.alpha)
-    return spacetime.comm.bcast(_decide(times, paradiag_ratio(seconds, rate, ranks, tolerances), mgrit))
+    others = paradiag_ratio(seconds, rate, ranks, tolerances)
+    best = spacetime.comm.bcast(min([1.0, others, *times.values()]))
+    coarser = on_coarser_mesh(evolution, spacetime, seconds, residuals, tolerances, best)
+    return spacetime.comm.bcast(_decide(times, others, mgrit, coarser))
+
+
+def on_coarser_mesh(
+    evolution: Evolution,
+    spacetime: SpaceTime,
+    seconds: Mapping[int, float],
+    residuals: ModelResiduals,
+    tolerances: Sequence[float],
+    best: float,
+) -> OnCoarserMesh:
+    """The predicted time of MGRIT with its coarse level on the next coarser mesh (collective).
+
+    Parameters
+    ----------
+    evolution, spacetime
+        The problem and the process grid.
+    seconds
+        Times of a step on the fine mesh by the number of states.
+    residuals, tolerances
+        Predicted residuals of MGRIT on one mesh, and the tolerances of solves.
+    best
+        Least ratio of all other choices, the same on all ranks.
+    """
+    hierarchy, level = get_level(evolution.V.mesh().unique())
+    if hierarchy is None or level < 1:
+        return OnCoarserMesh()
+    steps, ranks = evolution.nsteps, spacetime.time_size
+    damped = [options for options in candidates(steps, ranks) if options.c_relaxations]
+    few = {o: residuals.cycles(o.m, o.coarse_steps, o.relax, tolerances, MOST_CYCLES) for o in damped}
+    few = spacetime.comm.bcast({o: cycles for o, cycles in few.items() if all(map(math.isfinite, cycles))})
+
+    def least(cost: float) -> tuple[float, TwoLevel | None]:
+        ratios = [(_ratio(seconds, steps, ranks, o, k, cost), o.m, o.coarse_steps, o) for o, k in few.items()]
+        ratio, *_, options = min(ratios, default=(math.inf, None))
+        return ratio, options
+
+    if not (bound := least(0.0)[0]) < CLEARLY * best:
+        return OnCoarserMesh(why=f"a coarser mesh could not bring it below {bound:.2g}")
+    try:
+        cost, made = collectively(spacetime.comm, "coarser mesh", _coarser_steps, evolution, spacetime)
+        ratio, options = least(cost)
+        if not ratio < CLEARLY * best:
+            return OnCoarserMesh(why=f"with a coarser mesh {ratio:.2g} at best")
+        counted = _counted_cycles(made, options, spacetime, residuals.coarse_tableau, tolerances)
+    except (InputError, SolverFailure) as error:
+        return OnCoarserMesh(why=f"no coarser mesh, as {error}")
+    if not all(map(math.isfinite, counted)):
+        return OnCoarserMesh(why=f"on a coarser mesh more than {MOST_CYCLES} cycles")
+    ratio = _ratio(seconds, steps, ranks, options, counted, cost)
+    if not ratio < CLEARLY * best:
+        return OnCoarserMesh(why=f"on a coarser mesh {ratio:.2g}, {counted[0]:.0f} cycles to {tolerances[0]:g}")
+    return OnCoarserMesh(options, ratio)
+
+
+def _ratio(
+    seconds: Mapping[int, float], steps: int, ranks: int, options: TwoLevel, cycles: Sequence[float], cost: float
+) -> float:
+    """Mean time of solves in given numbers of cycles over that of sequential stepping."""
+    each = [mgrit_seconds(seconds, steps, ranks, options, int(k), coarse_cost=cost) for k in cycles]
+    return sum(each) / len(each) / sequential_seconds(seconds, steps)
+
+
+def _coarser_steps(evolution: Evolution, spacetime: SpaceTime) -> tuple[float, tuple]:
+    """Time of a step on the next coarser mesh over that on the evolution's; both evolutions and the transfer between
+    them.
+    """
+    coarse = coarse_evolution(evolution)
+    transfer = mesh_transfer(evolution.V, coarse.V, evolution.bcs, coarse.bcs)
+    times = [make_propagator(ev).lane_seconds() for ev in (evolution, coarse)]
+    times = [None if t is None else t[1] for t in times]
+    fine, cheap = spacetime.comm.bcast(times)
+    if fine is None or cheap is None:
+        raise InputError("times of a step on it are not known")
+    return 2 ** (round(4 * math.log2(cheap / fine)) / 4), (evolution, coarse, transfer)
+
+
+def _counted_cycles(
+    made: tuple, options: TwoLevel, spacetime: SpaceTime, tableau: ButcherTableau | None, tolerances: Sequence[float]
+) -> list[float]:
+    """Cycles that an adjoint sweep of few intervals takes to each tolerance; infinite for too many."""
+    evolution, coarse, transfer = made
+    own = tableau or coarse.tableau
+    own = Repeated(own, options.coarse_steps) if options.coarse_steps > 1 else own
+    propagators = [make_propagator(evolution), make_propagator(coarse, stride=options.m, tableau=own)]
+    steps = options.m * min(evolution.nsteps // options.m, INTERVALS)
+    given = dict(levels=2, coarsening=options.m, relax=options.relax, rtol=min(tolerances), max_it=MOST_CYCLES)
+    solver = MGRIT(
+        [LinearStep(propagator, transposed=True) for propagator in propagators], steps,
+        options=given | {"check": "cycle", "start": "nested"}, transfers=[transfer.transposed], linear=True,
+        point_norms=spacetime.point_norms, everyone=spacetime.comm,
+    )  # fmt: skip
+    U = np.zeros((steps + 1, evolution.state_size))
+    U[0] = np.random.default_rng(spacetime.space_comm.rank).standard_normal(evolution.state_size)
+    result = solver.solve(U)
+    relative = np.array(result.residuals) / result.scale
+    below = [np.flatnonzero(relative <= tolerance) for tolerance in tolerances]
+    return spacetime.comm.bcast([float(found[0]) if len(found) else math.inf for found in below])
 
 
 def mgrit_ratios(
@@ -182,8 +327,7 @@ def mgrit_ratios(
     for options in candidates(steps, ranks):
         cycles = residuals.cycles(options.m, options.coarse_steps, options.relax, tolerances, MOST_CYCLES)
         if all(map(math.isfinite, cycles)):
-            each = [mgrit_seconds(seconds, steps, ranks, options, int(k)) for k in cycles]
-            ratios[options] = sum(each) / len(each) / sequential_seconds(seconds, steps)
+            ratios[options] = _ratio(seconds, steps, ranks, options, cycles, 1.0)
     return ratios
 
 
@@ -198,22 +342,26 @@ def paradiag_ratio(seconds: Mapping[int, float], rate: float | None, ranks: int,
     return max(PARADIAG * block, LEAST) / ranks * sum(iterations) / len(iterations)
 
 
-def _decide(times: Mapping[TwoLevel, float], paradiag: float, mgrit: MGRITOptions) -> Automatic:
+def _decide(times: Mapping[TwoLevel, float], paradiag: float, mgrit: MGRITOptions, coarser: OnCoarserMesh) -> Automatic:
     """The choice between MGRIT, ParaDiag and sequential stepping, given times relative to the last one."""
     best = fastest(times, CANONICAL) if times else None
     ratio = math.inf if best is None else times[best]
+    if coarser.options is not None:
+        best, ratio = coarser.options, coarser.ratio
+    remark = f"; {coarser.why}" if coarser.why else ""
     said = lambda kind, what, ratio: (
         f"time_solver auto: {kind}, {what}: by measured times of a step a solve takes about {ratio:.2g} of sequential "
-        "stepping"
+        f"stepping{remark}"
     )
     if best is not None and ratio < CLEARLY and not paradiag < CLEARLY * ratio:
         options = MGRITOptions.make(
             mgrit, levels=2, coarsening=best.m, relax=best.relax, coarse_steps=best.coarse_steps
         )
-        what = f"m = {best.m}, {best.relax}-relaxation, {best.coarse_steps} coarse steps an interval"
-        return Automatic("mgrit", options, said("mgrit", what, ratio))
+        where = ", the coarse level on the next coarser mesh" if coarser.options is not None else ""
+        what = f"m = {best.m}, {best.relax}-relaxation, {best.coarse_steps} coarse steps an interval{where}"
+        return Automatic("mgrit", options, said("mgrit", what, ratio), meshes=int(coarser.options is not None))
     if paradiag < CLEARLY:
         return Automatic("paradiag", mgrit, said("paradiag", "for all steps at once", paradiag))
     least = min(ratio, paradiag)
     why = f"MGRIT or ParaDiag take {least:.2g} of its time" if math.isfinite(least) else "no other solver converges"
-    return Automatic("serial", mgrit, f"time_solver auto: serial, sequential stepping is fastest: {why}")
+    return Automatic("serial", mgrit, f"time_solver auto: serial, sequential stepping is fastest: {why}{remark}")

@@ -62,6 +62,8 @@ class TimeSolverChoice:
         The reason in one line, where the solver was chosen by ``"auto"``.
     propagator : MadePropagator
         Makes the propagators; it has that of the finest level where times of its steps were measured.
+    meshes : int
+        Number of meshes by which the coarse level is coarser, where ``"auto"`` has chosen MGRIT.
     """
 
     kind: str
@@ -70,6 +72,7 @@ class TimeSolverChoice:
     systems: dict = field(default_factory=dict)
     why: str = ""
     propagator: MadePropagator = field(default_factory=MadePropagator)
+    meshes: int = 0
 
 
 def mgrit_options(parameters: Mapping | MGRITOptions | None, prefix: str = "mgrit_") -> MGRITOptions:
@@ -184,20 +187,20 @@ def read_time_solver(
             f"as well, or -{options_prefix}pint_... for the solvers of a step"
         )
     paradiag, systems = _paradiag_options(parameters.pop("paradiag", None), mgrit, f"{options_prefix}paradiag_")
-    why, propagator, chosen = "", MadePropagator(), None
+    why, propagator, chosen, meshes = "", MadePropagator(), None, 0
     if kind == "auto":
         try:
             if own_steps and not has_shape:
                 chosen = automatic(evolution, spacetime, mgrit, paradiag, coarse_tableau, propagator, typical)
             if chosen is not None:
-                kind, mgrit, why = chosen.kind, chosen.mgrit, chosen.why
+                kind, mgrit, why, meshes = chosen.kind, chosen.mgrit, chosen.why, chosen.meshes
             else:
                 kind, why = choose(evolution, spacetime, mgrit, paradiag, coarse_tableau)
         except ValueError as error:
             raise InputError(str(error)) from None
     if kind == "serial":
         mgrit = MGRITOptions.make(mgrit, levels=1, of_levels=())
-    return TimeSolverChoice(kind, mgrit, paradiag, systems, why, propagator)
+    return TimeSolverChoice(kind, mgrit, paradiag, systems, why, propagator, meshes)
 
 
 def _has_shape(given: Any, prefix: str) -> bool:

@@ -383,4 +383,7 @@ class TimeSolvers(SolverReports):
     def view(self) -> str:
         """Describe the hierarchy in a few lines."""
         own = f"\n  coarse levels: {self._coarse_steps} steps of the integrator for each interval"
-        return self.state.view(8 * self.evolution.state_size) + own * (self._coarse_steps > 1 and bool(self._factors))
+        own *= self._coarse_steps > 1 and bool(self._factors)
+        sizes = ", ".join(str(ev.V.dim()) for ev in self.space.evolutions)
+        meshes = f"\n  coarser meshes: states of {sizes} unknowns on the levels" * any(self.space.transfers)
+        return self.state.view(8 * self.evolution.state_size) + own + meshes

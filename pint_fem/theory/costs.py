@@ -2,7 +2,7 @@ r"""Predicted times of one sweep over all steps: sequential, by MGRIT on two lev
 
 From :math:`t_W`, the seconds of one step of ``W`` states at once, follow :math:`B(k)`, those of one step of ``k``
 states. ``N`` steps are ``c = N/m`` intervals, of which a rank in time has at most :math:`k = \lceil c/P \rceil`. A step
-of the coarse level is ``s`` steps of its integrator, each as expensive as a fine one. Then
+of the coarse level is ``s`` steps of its integrator, each as expensive as a fine one on the same mesh. Then
 
 .. math::
    F = (m - 1)\, B(k), \qquad C = c\, s\, t_1
@@ -91,7 +91,9 @@ def sequential_seconds(seconds: Mapping[int, float], steps: int) -> float:
     return steps * seconds[1]
 
 
-def mgrit_seconds(seconds: Mapping[int, float], steps: int, ranks: int, options: TwoLevel, cycles: int) -> float:
+def mgrit_seconds(
+    seconds: Mapping[int, float], steps: int, ranks: int, options: TwoLevel, cycles: int, *, coarse_cost: float = 1.0
+) -> float:
     """Time of a solve by nested iteration and a number of cycles.
 
     Parameters
@@ -104,11 +106,13 @@ def mgrit_seconds(seconds: Mapping[int, float], steps: int, ranks: int, options:
         Those of MGRIT.
     cycles
         Cycles after nested iteration.
+    coarse_cost
+        Time of a step of the coarse level's integrator over that of a fine one; less on a coarser mesh.
     """
     count = steps // options.m
     block = block_seconds(seconds, math.ceil(count / ranks))
-    relaxation, coarse = (options.m - 1) * block, count * options.coarse_steps * seconds[1]
-    cycle = (1 + options.c_relaxations) * (relaxation + block) + options.coarse_steps * block + coarse
+    relaxation, coarse = (options.m - 1) * block, count * options.coarse_steps * coarse_cost * seconds[1]
+    cycle = (1 + options.c_relaxations) * (relaxation + block) + options.coarse_steps * coarse_cost * block + coarse
     return 2 * relaxation + 2 * block + coarse + cycles * cycle
 
 
