@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 import pint_fem.kernels.direct
 import pint_fem.kernels.factor
-from pint_fem.kernels.direct import REDUNDANT, default_solver, direct_solver
+from pint_fem.kernels.direct import DISTRIBUTED, REDUNDANT, default_solver, direct_solver
 from pint_fem.kernels.factor import Factor
 from tests.solves import solutions
 
@@ -47,8 +47,9 @@ def test_solves_to_round_off(make, way, monkeypatch, request):
         request.getfixturevalue("without_kernels")
     elif way == "iterated":
         monkeypatch.setattr(pint_fem.kernels.direct, "REDUNDANT", 0)
+        monkeypatch.setattr(pint_fem.kernels.factor, "block_solver", lambda *args, **given: None)
     A = make()
-    factor = Factor(A, {}, symmetric=make is curl_curl)
+    factor = Factor(A, {}, symmetric=make is curl_curl, reproducible=way == "iterated")
     alone = A.comm.size == 1
     assert (factor.triangular is not None) == (way == "kernels" or (way == "iterated" and alone))
     assert factor.is_direct == (way != "iterated" or alone)
@@ -197,12 +198,16 @@ def test_a_few_options_are_completed(parameters):
 
 
 @pytest.mark.parallel([1, 3])
-def test_large_systems_are_iterated_on():
-    """Beyond the limit on several ranks only."""
+def test_large_systems_are_distributed():
+    """Beyond the limit on several ranks only: by MUMPS, or an iteration where each run has to have the same bits."""
     comm = MPI.COMM_WORLD
     assert direct_solver(comm, REDUNDANT)["ksp_type"] == "preonly"
-    large = default_solver(comm, REDUNDANT + 1, spd=True)
+    large = default_solver(comm, REDUNDANT + 1, spd=True, reproducible=True)
     assert large["ksp_type"] == ("preonly" if comm.size == 1 else "cg")
+    fastest = default_solver(comm, REDUNDANT + 1, spd=True)
+    assert fastest["ksp_type"] == "preonly"
+    assert fastest["pc_factor_mat_solver_type"] == ("cholmod" if comm.size == 1 else "mumps")
+    assert default_solver(comm, DISTRIBUTED + 1)["ksp_type"] == ("preonly" if comm.size == 1 else "gmres")
     assert (direct_solver(comm, REDUNDANT + 1) is None) == (comm.size > 1)
 
 

@@ -24,7 +24,6 @@ from mpi4py import MPI
 from scipy.sparse import csr_matrix, random
 
 import pint_fem.kernels.direct
-import pint_fem.kernels.factor
 import pint_fem.kernels.space.choice as choice
 from pint_fem.kernels.factor import Factor
 from pint_fem.kernels.lanes.multifrontal import EliminationTree, eliminate
@@ -188,12 +187,14 @@ def test_multigrid_converges(dim, family, degree, coarse):
         assert np.array_equal(method.solve(B[1:2])[0], X[1])
 
 
-@pytest.mark.parametrize(("family", "degree", "coarse"), [("CG", 1, 8), ("CG", 2, 4), ("N1curl", 1, 4), ("N1curl", 2, 2)])
+@pytest.mark.parametrize(
+    ("family", "degree", "coarse"), [("CG", 1, 8), ("CG", 2, 4), ("N1curl", 1, 4), ("N1curl", 2, 2)]
+)
 @pytest.mark.parametrize("steps", [1, 10, 100])
 def test_iterations_do_not_grow(family, degree, coarse, steps):
-    """Over three refinements by at most 20 % for steps from the explicit limit of each mesh, about ``dx^2 / 8`` for heat
-    and ``(dx / 4)^2`` in the matrix of Maxwell's equations, to 100 times that in a step; by at most five where the step
-    is that of the finest mesh, which is small for the coarser ones.
+    """Over three refinements by at most 20 % for steps from the explicit limit of each mesh, about ``dx^2 / 8`` for
+    heat and ``(dx / 4)^2`` in the matrix of Maxwell's equations, to 100 times that in a step; by at most five where the
+    step is that of the finest mesh, which is small for the coarser ones.
     """
     hierarchy = MeshHierarchy(mesh_of(2, coarse), 3)
     counts = {}
@@ -245,7 +246,6 @@ def test_boundary_values_do_not_hide_the_inside():
 def test_factors_of_large_systems_are_on_blocks(reproducible, monkeypatch):
     """One state and several, transposed ones too; the description names the solver."""
     monkeypatch.setattr(pint_fem.kernels.direct, "REDUNDANT", 0)
-    monkeypatch.setattr(pint_fem.kernels.factor, "REDUNDANT", 0)
     A, geometry = matrix_of(mesh_of(2, 16))
     factor = Factor(A, {}, symmetric=True, geometry=geometry, reproducible=reproducible)
     assert factor.triangular is None
@@ -265,7 +265,6 @@ def test_factors_of_large_systems_are_on_blocks(reproducible, monkeypatch):
 @pytest.mark.parallel([1, 2])
 def test_few_solves_with_a_mass_matrix_take_no_factorisation(monkeypatch):
     monkeypatch.setattr(pint_fem.kernels.direct, "REDUNDANT", 0)
-    monkeypatch.setattr(pint_fem.kernels.factor, "REDUNDANT", 0)
     for family, degree in (("CG", 1), ("CG", 2)):
         A, geometry = matrix_of(mesh_of(2, 12), family, degree, h=0.0, fixed=False)
         factor = Factor(A, {}, symmetric=True, geometry=geometry, few=True)
@@ -277,7 +276,7 @@ def test_few_solves_with_a_mass_matrix_take_no_factorisation(monkeypatch):
 
 @pytest.mark.parallel(2)
 def test_multigrid_where_factors_are_large(monkeypatch):
-    """Without room for factors: on a hierarchy geometric multigrid, else algebraic; the bits of each run where asked."""
+    """Without room for factors: on a hierarchy geometric multigrid, else algebraic; neither if reproducible."""
     monkeypatch.setattr(pint_fem.kernels.direct, "REDUNDANT", 0)
     monkeypatch.setattr(choice, "LARGEST_FACTOR", 0)
     monkeypatch.setattr(choice, "MOST_DIAGONAL", 5)

@@ -23,6 +23,7 @@ __all__ = [
     "direct_solver",
     "factor_bytes",
     "is_finite",
+    "is_large",
     "matrix_bytes",
     "require_finite",
     "trial_residual",
@@ -63,14 +64,19 @@ def direct_solver(comm: MPI.Comm, unknowns: int, *, spd: bool = False) -> dict |
     factor = {"pc_type": kind, "pc_factor_mat_solver_type": package}
     if comm.size == 1:
         return {"ksp_type": "preonly", **factor}
-    if unknowns > REDUNDANT:
+    if is_large(unknowns):
         return None
     return {"ksp_type": "preonly", "pc_type": "redundant", **{f"redundant_{k}": v for k, v in factor.items()}}
 
 
+def is_large(unknowns: int) -> bool:
+    """Whether a system is too large to be factored by each rank in space."""
+    return unknowns > REDUNDANT
+
+
 def default_solver(comm: MPI.Comm, unknowns: int, *, spd: bool = False, reproducible: bool = False) -> dict:
-    """PETSc options of a solve to round-off: those of :func:`direct_solver`, with its parameters, and for larger systems
-    on several ranks MUMPS, whose results are not the same bits in each run. Where they have to be, and for systems with
+    """PETSc options of a solve to round-off: those of :func:`direct_solver`, with its parameters; for larger systems on
+    several ranks MUMPS, whose results are not the same bits in each run. Where they have to be, and for systems with
     more than :data:`DISTRIBUTED` unknowns, a Krylov iteration with overlapping subdomains that are factored.
     """
     direct = direct_solver(comm, unknowns, spd=spd)

@@ -12,12 +12,12 @@ from petsctools import OptionsManager
 from pint_fem.collective import all_ranks, any_rank
 from pint_fem.errors import InputError, is_numerical
 from pint_fem.kernels.direct import (
-    REDUNDANT,
     completed,
     default_solver,
     direct_solver,
     factor_bytes,
     is_finite,
+    is_large,
     matrix_bytes,
     trial_residual,
 )
@@ -119,7 +119,7 @@ class Factor:
             self.matrix = nullspace.pinned(matrix)
         self.blocks: BlockSolver | None = None
         self.triangular: TriangularFactors | None = None
-        if few and symmetric and matrix.getSize()[0] > REDUNDANT:
+        if few:
             self.blocks = self._blocks(like, few=True)
         if self.blocks is None:
             self.triangular = self._triangular(like)
@@ -149,7 +149,7 @@ class Factor:
 
     def _blocks(self, like: Factor | None, *, few: bool = False) -> BlockSolver | None:
         """A solver for blocks of states of a large symmetric matrix, where options choose no other (collective)."""
-        if self._is_chosen or not self.symmetric or not self.matrix.getSize()[0]:
+        if self._is_chosen or not self.symmetric or not is_large(self.matrix.getSize()[0]):
             return None
         known = None if like is None else like.blocks
         given = dict(prefix=self._prefix, reproducible=self._reproducible, few=few, like=known)

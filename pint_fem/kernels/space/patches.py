@@ -1,7 +1,8 @@
 r"""Sums of the inverses of the patches around vertices, as one sparse matrix.
 
 For edge and face elements the inverse diagonal does not smooth: gradients and curls, on which the operator is small,
-are not local in the basis. With the degrees of freedom of all entities that contain a vertex v as the unknowns of a patch,
+are not local in the basis. With the degrees of freedom of all entities that contain a vertex as the unknowns of a
+patch,
 
 .. math::  B = \sum_v R_v^T (R_v A R_v^T)^{-1} R_v
 
