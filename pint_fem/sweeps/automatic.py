@@ -30,7 +30,10 @@ from pint_fem.theory.estimates import paradiag_contraction
 from pint_fem.theory.model_residuals import ModelResiduals
 from pint_fem.theory.spectrum import spectrum
 
-__all__ = ["Automatic", "MadePropagator", "automatic", "candidates", "measured_seconds", "share_measured_seconds"]
+__all__ = [
+    "Automatic", "MadePropagator", "automatic", "candidates", "decide", "measured_seconds", "mgrit_ratios",
+    "paradiag_rate", "paradiag_ratio", "share_measured_seconds",
+]  # fmt: skip
 
 CANONICAL = (TwoLevel(16, 2, "F"), TwoLevel(32, 2, "F"))
 """Options that are preferred where no other ones are clearly faster."""
@@ -167,9 +170,16 @@ def automatic(
     tolerances = [rtol, math.sqrt(rtol)] if typical_rtol is None else [max(typical_rtol, rtol)]
     ranks, residuals = spacetime.time_size, ModelResiduals(found, evolution, coarse_tableau)
     times = mgrit_ratios(seconds, evolution.nsteps, ranks, residuals, tolerances)
-    rate = paradiag_contraction(evolution, paradiag.alpha)
-    rate = None if rate is None else max(rate, paradiag.alpha, SINGLE / paradiag.alpha)
-    return spacetime.comm.bcast(_decide(times, paradiag_ratio(seconds, rate, ranks, tolerances), mgrit))
+    rate = paradiag_rate(evolution, paradiag.alpha)
+    return spacetime.comm.bcast(decide(times, paradiag_ratio(seconds, rate, ranks, tolerances), mgrit))
+
+
+def paradiag_rate(evolution: Evolution, alpha: float) -> float | None:
+    """The contraction of an iteration of ParaDiag with its rounding errors; ``None`` where there is no theory
+    (collective over space).
+    """
+    rate = paradiag_contraction(evolution, alpha)
+    return None if rate is None else max(rate, alpha, SINGLE / alpha)
 
 
 def mgrit_ratios(
@@ -198,8 +208,16 @@ def paradiag_ratio(seconds: Mapping[int, float], rate: float | None, ranks: int,
     return max(PARADIAG * block, LEAST) / ranks * sum(iterations) / len(iterations)
 
 
-def _decide(times: Mapping[TwoLevel, float], paradiag: float, mgrit: MGRITOptions) -> Automatic:
-    """The choice between MGRIT, ParaDiag and sequential stepping, given times relative to the last one."""
+def decide(times: Mapping[TwoLevel, float], paradiag: float, mgrit: MGRITOptions) -> Automatic:
+    """The choice between MGRIT, ParaDiag and sequential stepping.
+
+    Parameters
+    ----------
+    times, paradiag
+        Predicted times of MGRIT by its options, and of ParaDiag, over that of sequential stepping.
+    mgrit
+        Options for stopping.
+    """
     best = fastest(times, CANONICAL) if times else None
     ratio = math.inf if best is None else times[best]
     said = lambda kind, what, ratio: (
