@@ -249,7 +249,7 @@ def _calibrate(arguments: Sequence[str]) -> None:
 
 
 def _validate(arguments: Sequence[str]) -> None:
-    """Time solves on all ranks in time, and compare the times with the predicted ones."""
+    """Time solves on all ranks, and compare the times with the predicted ones."""
     from pint_fem.scaling.costs import load
     from pint_fem.scaling.validation import compare
 
@@ -260,6 +260,7 @@ def _validate(arguments: Sequence[str]) -> None:
     add("--steps", type=positive(int), default=256, help="time steps (256)")
     add("--rtol", type=positive(float), default=1e-6, help="relative tolerance of the solves (1e-6)")
     add("--options", default="{}", help='of the solver, as JSON such as {"levels": 2, "coarsening": 16}')
+    add("--grid", metavar="SxT", help="ranks in space x in time; auto: by steps that are measured (all in time)")
     add("--repeats", type=positive(int), default=5, help="of each measurement; medians are used (5)")
     add("--out", type=Path, help="file")
     opts = parser.read(arguments)
@@ -272,12 +273,20 @@ def _validate(arguments: Sequence[str]) -> None:
     calibration = load(opts.calibration or (own if own.is_file() else case.name))
     if opts.out:
         _require_output(opts.out)
-    rows = compare(calibration, case.pose, options or case.solver, opts.steps, rtol=opts.rtol, repeats=opts.repeats)
-    for row in rows:
+    grid = opts.grid
+    if grid == "auto":
+        from pint_fem.scaling.grid_choice import choose_grid
+
+        measure = lambda st: case.pose(st, opts.steps, {"time_solver": "serial"})
+        made = choose_grid(measure, solver_parameters={"mgrit": dict(options or case.solver)})
+        grid = made.grid
+        _print(made.why)
+    given = dict(rtol=opts.rtol, grid=grid, repeats=opts.repeats)
+    for row in (rows := compare(calibration, case.pose, options or case.solver, opts.steps, **given)):
         _print(
-            f"{case.name}, {row.steps} steps, {row.ranks} ranks, {row.task}: measured {row.measured:.4g} s, predicted "
-            f"{row.predicted:.4g} s, error {row.error:+.1%} (kernels, timed in turn with it, took {row.slower:.2f} "
-            "times as long as calibrated)"
+            f"{case.name}, {row.steps} steps, {row.space}x{row.ranks} ranks, {row.task}: measured {row.measured:.4g} "
+            f"s, predicted {row.predicted:.4g} s, error {row.error:+.1%} (kernels, timed in turn with it, took "
+            f"{row.slower:.2f} times as long as calibrated)"
         )
     if opts.out:
         _write(opts.out, json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=1))

@@ -22,34 +22,36 @@ space, ``space_solver``, decides on ``C``, ``a`` and ``b``:
     .. math::  n_\Gamma(p) = D\, n^{(D-1)/D} (p^{1/D} - 1) ,
 
     are the :math:`p^{1/D} - 1` planes in each direction that cut a cube into :math:`p` cubes (scaled to the measured
-    number where the calibration has it). Their Schur complement is dense, and every rank has its factor. By nested
-    dissection (A. George, SIAM J. Numer. Anal. 10, 1973) a factor of :math:`n` unknowns has :math:`c\, n^{4/3}` entries
-    in three dimensions, :math:`c\, n \log n` in two and :math:`c\, n` in one, so that with :math:`f(1)` entries on one
-    rank a rank has the share
+    number where the calibration has it). A rank has :math:`n_\Gamma / p` rows of the inverse of their dense Schur
+    complement. By nested dissection (A. George, SIAM J. Numer. Anal. 10, 1973) a factor of :math:`n` unknowns has
+    :math:`c\, n^{4/3}` entries in three dimensions, :math:`c\, n \log n` in two and :math:`c\, n` in one, so that with
+    :math:`f(1)` entries on one rank a rank has the share
 
     .. math::  f(p) = f(1)\, p^{-4/3}, \qquad f(p) = \frac{f(1)}{p}\, \frac{\log (n/p)}{\log n}, \qquad
                f(p) = \frac{f(1)}{p} \quad (D = 3, 2, 1).
 
-    A solve reads all entries of both factors twice, forwards and backwards: 16 bytes, 4 operations and state for each
-    entry, all states of a block at once, so that
+    A solve reads the factor twice, forwards and backwards, and the inverse once, for all states of a block at once: 8
+    bytes for each entry, and 2 operations for each entry and state, so that
 
-    .. math::  C(p) = 2 f(p) + n_\Gamma(p)^2 .
+    .. math::  C(p) = 2 f(p) + \frac{n_\Gamma(p)^2}{p} .
 
-    Between elimination and the dense solve the :math:`n_\Gamma` right-hand sides are summed over the ranks, in one
-    reduction for all states of the call:
+    In between, each rank gathers the right-hand sides of the interfaces (the own ones, and what the two adjacent parts
+    add: 3 numbers for each unknown) and then the solution there, in two all-gathers for all states of the call:
 
-    .. math::  a(p) = s\, \lceil\log_2 p\rceil\, \ell, \qquad b(p) = s\, \frac{8\, n_\Gamma(p)}{\beta} .
+    .. math::  a(p) = 2 s\, \lceil\log_2 p\rceil\, \ell, \qquad b(p) = s\, \frac{8 \cdot 4\, n_\Gamma(p)}{\beta} .
 
-    With more and more ranks the dense system dominates, :math:`n_\Gamma^2 \sim p^{2/D}`: there is a fastest number.
+    With more and more ranks these messages grow, :math:`n_\Gamma \sim p^{1/D}`: there is a fastest number.
 
 ``"multigrid"`` (conjugate gradients with multigrid on blocks of states)
     Level ``l`` of ``L`` has :math:`n_l = n\, 2^{-D l}` unknowns, and a part of it the surface
-    :math:`h_l(p) = 2 D\, (n_l/p)^{(D-1)/D}`. Smoothers, the residual and both transfers exchange it with the neighbours
-    some 6 times in a cycle, and each of :math:`i` iterations has 2 reductions, for all states of a block at once:
+    :math:`h_l(p) = 2 D\, (n_l/p)^{(D-1)/D}`. A cycle in single precision exchanges it with the neighbours 6 times (two
+    smoothing steps before, of which the first begins from zero, and two after, the residual, both transfers), the
+    product with the matrix once in double precision. Each of :math:`i` iterations has 2 reductions and an all-gather of
+    the coarsest level, all of them for all states of a block at once:
 
     .. math::
-       a(p) = s\, i\, \bigl( 6 L\, \ell + 2 \lceil\log_2 p\rceil\, \ell \bigr), \qquad
-       b(p) = \frac{8\, s\, i}{\beta}\, \Bigl( 6 \sum_{l<L} h_l(p) + 2 \Bigr), \qquad
+       a(p) = s\, i\, \bigl( (6 L + 1)\, \ell + 3 \lceil\log_2 p\rceil\, \ell \bigr), \qquad
+       b(p) = \frac{s\, i}{\beta}\, \Bigl( 4 \cdot 6 \sum_{l<L} h_l(p) + 8 (h_0(p) + 2) \Bigr), \qquad
        C(p) = \sum_{l<L} \bigl( \max\{1, n_l / p\} + h_l(p)\, [p > 1] \bigr) .
 
     The number of iterations does not depend on ``p``. As a rank has at least one unknown, coarse levels do not get
@@ -82,6 +84,8 @@ SOLVERS = ("replicated", "substructuring", "multigrid", "subdomains")
 """Kinds of solvers in space."""
 EXCHANGES, REDUCTIONS = 6, 2
 """Exchanges with the neighbours on each level, and reductions, in an iteration with multigrid."""
+GATHERED = 4
+"""Numbers that a rank receives for each unknown of an interface in a solve by substructuring."""
 
 
 def volume(unknowns: float, ranks: int, overlap: int) -> float:
@@ -144,7 +148,7 @@ def work_of_rank(calibration: Calibration, ranks: int) -> float:
     if kind == "substructuring":
         entries = c.space.get("factor entries", 0.0) or _entries(c.unknowns, c.dimension)
         dense = _interface(c, ranks) if ranks > 1 else 0.0
-        return 2 * entries * factor_share(c.unknowns, c.dimension, ranks) + dense**2
+        return 2 * entries * factor_share(c.unknowns, c.dimension, ranks) + dense**2 / ranks
     if kind == "multigrid":
         return sum(own + (surface if ranks > 1 else 0.0) for own, surface in _levels(c, ranks))
     return volume(c.unknowns, ranks, c.overlap) if kind == "subdomains" else 1.0
@@ -166,14 +170,14 @@ def exchange_seconds(calibration: Calibration, ranks: int, network: Network) -> 
     if kind == "replicated":
         return (ranks - 1) * network.latency, c.state_bytes * (1 - 1 / ranks) / network.bandwidth
     if kind == "substructuring":
-        nbytes = 8 * _interface(c, ranks)
-        return c.stages * doublings * network.latency, c.stages * nbytes / network.bandwidth
+        nbytes = 8 * GATHERED * _interface(c, ranks)
+        return 2 * c.stages * doublings * network.latency, c.stages * nbytes / network.bandwidth
     count = c.stages * c.space_iterations
     if kind == "multigrid":
         levels = _levels(c, ranks)
-        latencies = EXCHANGES * len(levels) + REDUCTIONS * doublings
-        numbers = EXCHANGES * sum(surface for _, surface in levels) + REDUCTIONS
-        return count * latencies * network.latency, count * 8 * numbers / network.bandwidth
+        latencies = EXCHANGES * len(levels) + 1 + (REDUCTIONS + 1) * doublings
+        nbytes = 4 * EXCHANGES * sum(surface for _, surface in levels) + 8 * (levels[0][1] + REDUCTIONS)
+        return count * latencies * network.latency, count * nbytes / network.bandwidth
     halo = 8 * sqrt(c.unknowns / ranks)
     return 0.0, count * (2 * doublings * network.latency + 2 * network.message(halo))
 
@@ -206,8 +210,8 @@ def assumption(calibration: Calibration) -> str:
         return f"{beyond} every rank solves whole systems as on {measured}, none is faster"
     if kind == "substructuring":
         return (
-            f"{beyond} a rank has its part's share of the one-rank factor and the dense factor of all interfaces, "
-            f"about {_interface(c, 2 * measured):.3g} unknowns on {2 * measured} ranks; one reduction of these per "
+            f"{beyond} a rank has its part's share of the one-rank factor and of the dense inverse on all interfaces, "
+            f"about {_interface(c, 2 * measured):.3g} unknowns on {2 * measured} ranks; two all-gathers of these per "
             "stage for all states of a call"
         )
     if kind == "multigrid":
