@@ -108,7 +108,8 @@ def same_on_all_ranks(found):
 @pytest.mark.parallel([1, 2, 4])
 @pytest.mark.parametrize("nonlinear", [False, True])
 def test_choice_on_all_ranks(nonlinear):
-    found = same_on_all_ranks(choose_grid(lambda st: heat(st, nonlinear), solver_parameters=MGRIT))
+    given = dict(experiments=2, solver_parameters=MGRIT)
+    found = same_on_all_ranks(choose_grid(lambda st: heat(st, nonlinear), **given))
     if COMM.size == 1:
         assert found.seconds == {}
         return
@@ -129,7 +130,6 @@ def test_experiments_first_where_they_divide():
         found = same_on_all_ranks(choose_grid(heat, experiments=8, solver_parameters=SERIAL))
         assert found.shape == (1, 1, COMM.size)
         assert found.seconds[found.shape] == pytest.approx(16 * 2 * 8 / COMM.size, rel=0.01)
-        assert same_on_all_ranks(choose_grid(heat, experiments=1, solver_parameters=SERIAL)).shape == (1, COMM.size, 1)
 
 
 @pytest.mark.parallel([2, 4])
@@ -148,14 +148,24 @@ def test_ranks_in_space_where_they_pay(gain, monkeypatch):
     assert found.seconds[found.shape] == pytest.approx(16 * 2 * min(1.0, gain ** np.log2(COMM.size)), rel=0.01)
 
 
-@pytest.mark.parallel([2, 4])
+@pytest.mark.parallel([2])
 def test_more_ranks_than_steps():
     """All others are in space."""
     found = same_on_all_ranks(choose_grid(lambda st: heat(st, steps=1), solver_parameters=SERIAL))
     assert found.shape == (COMM.size, 1, 1)
+    assert found.why.startswith(f"grid auto: {COMM.size}x1, the only one that may pay")
 
 
-@pytest.mark.parallel([2, 4])
+@pytest.mark.parallel([2])
+def test_nothing_is_measured_where_there_is_one_grid(monkeypatch):
+    """Small systems and one experiment."""
+    monkeypatch.setattr(choice, "make_propagator", None)
+    found = same_on_all_ranks(choose_grid(heat, solver_parameters=SERIAL))
+    assert (found.shape, found.seconds) == ((1, COMM.size, 1), {})
+    assert "2 in space (every rank in space solves systems of 49 unknowns whole)" in found.left_out
+
+
+@pytest.mark.parallel([2])
 @pytest.mark.parametrize("error", [ValueError("nowhere"), SolverFailure("singular"), InputError("no such file")])
 def test_a_rank_that_fails_alone_leaves_all_ranks_in_time(error):
     """Where it poses the problem, and where it takes a step: no rank waits, all have the reason."""
@@ -177,7 +187,7 @@ def test_a_rank_that_fails_alone_leaves_all_ranks_in_time(error):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_block_actions", fails)
-        found = same_on_all_ranks(choose_grid(heat, solver_parameters=SERIAL))
+        found = same_on_all_ranks(choose_grid(heat, experiments=2, solver_parameters=SERIAL))
     assert found.shape == (1, COMM.size, 1)
     assert str(error) in found.why
 
@@ -186,7 +196,7 @@ def _raise(error):
     raise error
 
 
-@pytest.mark.parallel([2, 4])
+@pytest.mark.parallel([2])
 def test_an_exit_on_one_rank_ends_all():
     def pose(spacetime):
         if COMM.rank == 0:
@@ -197,7 +207,7 @@ def test_an_exit_on_one_rank_ends_all():
         choose_grid(pose)
 
 
-@pytest.mark.parallel([2, 4])
+@pytest.mark.parallel([2])
 def test_measurements_end_with_their_budget(monkeypatch):
     """What has begun is completed, and what was left out is said."""
     monkeypatch.setattr(choice, "REDUNDANT", 10)
@@ -249,7 +259,7 @@ def test_what_is_posed_has_an_evolution():
         def __init__(self, spacetime):
             self.evolutions = [heat(spacetime), None]
 
-    assert choose_grid(Several, solver_parameters=SERIAL).seconds
+    assert choose_grid(Several, experiments=2, solver_parameters=SERIAL).seconds
 
 
 # -- a network ---------------------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ blocks are timed with all ranks at work, and the grid with the least predicted t
 (:mod:`pint_fem.scaling.grid_choice.shapes`) is returned on all ranks.
 
 *What is not measured.* Small linear systems are solved whole by every rank in space, so that one rank in space is
-measured only. Nonlinear evolutions begin with one rank in space; more are left out where they could not be the fastest
-even if a step took :math:`d^{-4/3}` of the time. Large linear systems begin with all ranks in space, where the
-factorisation is fastest; fewer are left out when posing and factoring would exceed the budget of seconds, by the square
-of the unknowns per rank (the operations of a factorisation in three dimensions). What was left out is said.
+measured only, and nothing where that leaves one grid. Nonlinear evolutions begin with one rank in space; more are left
+out where they could not be the fastest even if a step took :math:`d^{-4/3}` of the time. Large linear systems begin
+with all ranks in space, where the factorisation is fastest; fewer are left out when posing and factoring would exceed
+the budget of seconds, by the square of the unknowns per rank (the operations of a factorisation in three dimensions).
+What was left out is said.
 """
 
 from __future__ import annotations
@@ -152,6 +153,9 @@ def _with_line(found: tuple[dict, tuple[str, ...]], took: float, run: _Measureme
     seconds, left_out = found
     ranked = dict(sorted(seconds.items(), key=lambda item: item[1]))
     shape = next(iter(ranked))
+    without = f"; left out: {'; '.join(left_out)}" if left_out else ""
+    if math.isnan(ranked[shape]):
+        return GridChoice(shape, {}, left_out, f"grid auto: {_text(shape)}, the only one that may pay{without}")
     others = ", ".join(f"{_text(s)} {t:.3g} s" for s, t in ranked.items() if s != shape)
     axes = "space x time" + " x experiments" * (run.experiments > 1)
     line = (
@@ -159,8 +163,7 @@ def _with_line(found: tuple[dict, tuple[str, ...]], took: float, run: _Measureme
         f"steps measured here (in {took:.1f} s)"
     )
     line += f"; {others}" if others else ""
-    line += f"; left out: {'; '.join(left_out)}" if left_out else ""
-    return GridChoice(shape, ranked, left_out, line)
+    return GridChoice(shape, ranked, left_out, line + without)
 
 
 class _Measurement:
@@ -202,6 +205,8 @@ class _Measurement:
             self._leave_out(more, f"every rank in space solves systems of {unknowns} unknowns whole")
             possible = [least]
         large = linear and not is_small
+        if len(possible) == 1 and len(self._shapes(possible[0])) == 1:
+            return {self._shapes(possible[0])[0]: math.nan}, tuple(self.left_out)
         last: tuple[int, float] | None = None
         for d in possible[::-1] if large else possible:
             if self.kernels and self._cannot_be_done(d, last, large):
@@ -213,7 +218,8 @@ class _Measurement:
                 last = d, self.spent - begin
         if not self.kernels:
             raise InputError(f"no grid could be measured: {'; '.join(self.left_out)}")
-        return on_first_rank(self.comm, "", self._predicted), tuple(self.left_out)
+        seconds, missing = on_first_rank(self.comm, "", self._predicted)
+        return seconds, (*self.left_out, *missing)
 
     def _cannot_be_done(self, d: int, last: tuple[int, float] | None, large: bool) -> bool:
         """Whether a number of ranks in space is left out, with the reason noted."""
@@ -308,14 +314,19 @@ class _Measurement:
             found.append((least_seconds(measured, shape, use), shape, use))
         return sorted(found, key=lambda each: each[:2])
 
-    def _predicted(self) -> dict[Shape, float]:
-        """Predicted seconds of the grids that may be the fastest, of all measured numbers of ranks in space."""
+    def _predicted(self) -> tuple[dict[Shape, float], list[str]]:
+        """Predicted seconds of the grids that may be the fastest, of all measured numbers of ranks in space, the most
+        promising ones first; and what is left out as that takes too long.
+        """
         measured, best, out = self._measured(self.kernels, self.update), math.inf, {}
+        start, missing = time.perf_counter(), []
         for least, shape, use in self._bounds(measured, self.kernels):
-            if least < best:
+            if out and time.perf_counter() - start > self.budget:
+                missing.append(f"{_text(shape)} (predictions took {self.budget:g} s)")
+            elif least < best:
                 out[shape] = seconds_of(measured, shape, use)
                 best = min(best, out[shape])
-        return out
+        return out, missing
 
     def _cannot_win(self, d: int) -> bool:
         """Whether ``d`` ranks in space are slower than what is measured even where a step's work is divided ideally."""
@@ -323,7 +334,7 @@ class _Measurement:
         share = (one / d) ** GROWTH
         ideal = {kind: [k.scaled(share) for k in levels] for kind, levels in self.kernels[one].items()}
         measured = self._measured({d: ideal}, {d: share * self.update[one]})
-        return self._bounds(measured, [d])[0][0] >= min(self._predicted().values())
+        return self._bounds(measured, [d])[0][0] >= min(self._predicted()[0].values())
 
 
 def _about(error: Exception) -> str:

@@ -121,8 +121,9 @@ def _around(measured: Measured, shape: Shape) -> tuple[float, float]:
 
 
 def least_seconds(measured: Measured, shape: Shape, use: SolverUse) -> float:
-    """A lower bound of :func:`seconds_of`: the work of a sweep on one rank in time over the number of ranks, or its
-    chain of coarse steps.
+    """A lower bound of :func:`seconds_of`: the work of a sweep on one rank in time, with MGRIT over the number of ranks.
+
+    Its chain of coarse steps is no bound, as ranks may begin a cycle before others have ended the last one.
     """
     from pint_fem.scaling.planner import least_time  # requires greenlet
 
@@ -130,8 +131,8 @@ def least_seconds(measured: Measured, shape: Shape, use: SolverUse) -> float:
     if use.kind == "paradiag":
         return seconds_of(measured, shape, use)
     c, (space, time, _) = measured.costs_on(shape), shape
-    work, chain = least_time(c, use.options, space, use.cycles)
-    return times * max(work / time if use.kind == "mgrit" else work, chain) + more
+    work, _ = least_time(c, use.options, space, use.cycles)
+    return times * (work / time if use.kind == "mgrit" else work) + more
 
 
 def seconds_of(measured: Measured, shape: Shape, use: SolverUse) -> float:
