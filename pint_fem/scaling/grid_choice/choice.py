@@ -5,11 +5,10 @@ blocks are timed with all ranks at work, and the grid with the least predicted t
 (:mod:`pint_fem.scaling.grid_choice.shapes`) is returned on all ranks.
 
 *What is not measured.* Small linear systems are solved whole by every rank in space, so that one rank in space is
-measured only, and nothing where that leaves one grid. Nonlinear evolutions begin with one rank in space; more are left
-out where they could not be the fastest even if a step took :math:`d^{-4/3}` of the time. Large linear systems begin
-with all ranks in space, where the factorisation is fastest; fewer are left out when posing and factoring would exceed
-the budget of seconds, by the square of the unknowns per rank (the operations of a factorisation in three dimensions).
-What was left out is said.
+measured only, and nothing where that leaves one grid. Otherwise few ranks in space come first; more are left out where
+they could not be the fastest even if a step took :math:`d^{-4/3}` of the time. Linear systems whose factorisation on
+one rank would take long begin with all ranks in space. Where posing and factoring would exceed the budget of seconds,
+by the operations of nested dissection, nothing is measured, nor after the budget is spent. What was left out is said.
 """
 
 from __future__ import annotations
@@ -49,6 +48,10 @@ __all__ = ["BUDGET", "GridChoice", "choose_grid"]
 
 BUDGET = 20.0
 """Default seconds of all measurements."""
+POSING, FACTORING_2D, FACTORING_3D = 3e-5, 1e-8, 5e-10
+"""Seconds, about, of posing a problem per unknown, and of a factorisation per operation of nested dissection: of the
+unknowns to the power 3/2 in two dimensions, to the power 2 in three.
+"""
 MOST_STEPS = 100_000
 """Steps beyond which runs on virtual ranks, which count messages of each step, take longer than they save."""
 
@@ -204,36 +207,32 @@ class _Measurement:
             least, *more = possible
             self._leave_out(more, f"every rank in space solves systems of {unknowns} unknowns whole")
             possible = [least]
-        large = linear and not is_small
+        large = linear and self._forecast(possible[0]) > self.budget / 4
         if len(possible) == 1 and len(self._shapes(possible[0])) == 1:
             return {self._shapes(possible[0])[0]: math.nan}, tuple(self.left_out)
-        last: tuple[int, float] | None = None
         for d in possible[::-1] if large else possible:
-            if self.kernels and self._cannot_be_done(d, last, large):
-                continue
-            begin = self.spent
-            evolution = posed if d == space else None
-            posed = posed if d == space else None  # type: ignore[assignment]
-            if self._measure(d, evolution):
-                last = d, self.spent - begin
+            if not self.kernels or not self._cannot_be_done(d, large):
+                self._measure(d, posed if d == space else None)
         if not self.kernels:
             raise InputError(f"no grid could be measured: {'; '.join(self.left_out)}")
         seconds, missing = on_first_rank(self.comm, "", self._predicted)
         return seconds, (*self.left_out, *missing)
 
-    def _cannot_be_done(self, d: int, last: tuple[int, float] | None, large: bool) -> bool:
+    def _forecast(self, d: int) -> float:
+        """About the seconds of posing a linear problem on ``d`` ranks in space and of its factorisation."""
+        assert self.costs is not None
+        own, dimension = self.costs.unknowns / d, self.costs.dimension
+        return POSING * own + {3: FACTORING_3D * own**2, 2: FACTORING_2D * own**1.5}.get(dimension, 0.0)
+
+    def _cannot_be_done(self, d: int, large: bool) -> bool:
         """Whether a number of ranks in space is left out, with the reason noted."""
         if self.spent > self.budget:
             self._leave_out([d], f"{self.budget:g} s of measurements are over")
             return True
-        if large:
-            before, seconds = last or (d, 0.0)
-            forecast = seconds * (before / d) ** 2
-            if self.spent + forecast > self.budget:
-                self._leave_out([d], f"posing and factoring would take about {forecast:.2g} s")
-                return True
-            return False
-        if on_first_rank(self.comm, "", self._cannot_win, d):
+        if self.is_linear and self.spent + self._forecast(d) > self.budget:
+            self._leave_out([d], f"posing and factoring would take about {self._forecast(d):.2g} s")
+            return True
+        if not large and on_first_rank(self.comm, "", self._cannot_win, d):
             self._leave_out([d], "it could not be the fastest")
             return True
         return False
@@ -269,8 +268,8 @@ class _Measurement:
             network=measured_network(self.comm),
         )  # fmt: skip
 
-    def _measure(self, d: int, ev: Evolution | None) -> bool:
-        """Measure the kernels on ``d`` ranks in space; whether that was possible."""
+    def _measure(self, d: int, ev: Evolution | None) -> None:
+        """Measure the kernels on ``d`` ranks in space where that is possible."""
         try:
             ev = self._posed(d) if ev is None else ev
             made = collectively(self.comm, "step", make_propagator, ev)
@@ -281,13 +280,12 @@ class _Measurement:
                 self.rule = self._rule(made.evolution)
         except Exception as error:
             self._leave_out([d], _about(error))
-            return False
+            return
         self.kernels[d], self.update[d] = kernels, update
         space_comm = ev.V.mesh().comm
         del made, ev
         gc.collect()
         clean(space_comm)
-        return True
 
     def _rule(self, ev: Evolution) -> SolverRule:
         """The rule by which the time solver is chosen, with the spectrum where that decides."""

@@ -52,9 +52,10 @@ def timed(comm: MPI.Comm, action: Callable[[], object]) -> float:
 
 
 def _least(comm: MPI.Comm, action: Callable[[], object]) -> float:
-    """The least of some repeats after one that fills the caches; a long action is repeated less often."""
-    first = timed(comm, action)
-    return min([first] * (first > 10 * SHORT) + [timed(comm, action) for _ in range(REPEATS if first < SHORT else 1)])
+    """The least of some repeats, or the time of a long action, after one that compiles code and fills the caches."""
+    timed(comm, action)
+    found = timed(comm, action)
+    return min([found] + [timed(comm, action) for _ in range(REPEATS - 1 if found < SHORT else 0)])
 
 
 def control_values(propagator: FEPropagator) -> np.ndarray | None:
@@ -76,10 +77,11 @@ def update_seconds(comm: MPI.Comm, propagator: FEPropagator) -> float:
     return seconds
 
 
-def _block_actions(propagator, size: int) -> tuple[dict[str, Callable[[], object]], int]:
-    """Steps and transposed steps of ``size`` states, and their number in a call."""
+def _block_actions(propagator, size: int, seconds: float = SHORT) -> tuple[dict[str, Callable[[], object]], int]:
+    """Steps and transposed steps of ``size`` states, and their number in a call, where one takes some ``seconds``."""
+    n = propagator.evolution.V.dim() / propagator.evolution.V.mesh().comm.size  # the same on all ranks
+    steps = int(np.clip(min(NUMBERS / max(1, n * size), SHORT / max(seconds, 1e-9)), 1, 8))
     n = propagator.evolution.state_size
-    steps = int(np.clip(NUMBERS / max(1, n * size), 1, 8))
     u = np.random.default_rng(0).standard_normal((size, n))
     out, added = np.empty((size, steps, n)), np.zeros((size, steps, n))
     made = lambda transposed: lambda: propagator.advance(u, out, added, transposed=transposed)
@@ -128,14 +130,18 @@ def step_kernels(
     if not (propagator.is_linear and hasattr(propagator, "advance")):
         seconds = {kind: _least(comm, do) for kind, do in _single_actions(propagator).items()}
         return {kind: [Kernel.constant(each)] for kind, each in seconds.items()}
-    start, found = time.perf_counter(), {"step": {}, "adjoint": {}}
+    actions, _ = _block_actions(propagator, 1)
+    start, last, found = time.perf_counter(), 1, {"step": {}, "adjoint": {}}
+    single = [timed(comm, actions["step"]) for _ in range(2)][1]  # the first one compiles code
     for size in _sizes(sizes):
-        actions, steps = _block_actions(propagator, size)
+        spent = comm.bcast(time.perf_counter() - start)
+        if size > 1 and spent + 4 * size / last * (found["step"][last] + found["adjoint"][last]) > most:
+            break  # at most two calls of each kind, without a gain by the block
+        actions, steps = _block_actions(propagator, size, size * single)
         for kind, action in actions.items():
             found[kind][size] = _least(comm, action) / steps
-        single, last = found["step"][1], found["step"][size]
-        spent = comm.bcast(time.perf_counter() - start)
-        if (size > 1 and last > 0.9 * size * single) or spent > most:
+        single, last = found["step"][1], size
+        if size > 1 and found["step"][size] > 0.9 * size * single:
             break
     return {kind: [Kernel(tuple(table), tuple(table.values()), lanes=True)] for kind, table in found.items()}
 

@@ -121,7 +121,7 @@ def _around(measured: Measured, shape: Shape) -> tuple[float, float]:
 
 
 def least_seconds(measured: Measured, shape: Shape, use: SolverUse) -> float:
-    """A lower bound of :func:`seconds_of`: the work of a sweep on one rank in time, with MGRIT over the number of ranks.
+    """A lower bound of :func:`seconds_of`: a sweep's work on one rank in time, with MGRIT over the number of ranks.
 
     Its chain of coarse steps is no bound, as ranks may begin a cycle before others have ended the last one.
     """
