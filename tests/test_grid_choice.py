@@ -208,17 +208,27 @@ def test_an_exit_on_one_rank_ends_all():
 
 
 @pytest.mark.parallel([2])
-def test_measurements_end_with_their_budget(monkeypatch):
-    """What has begun is completed, and what was left out is said."""
+@pytest.mark.parametrize(
+    ("posing", "first", "words"),
+    [
+        (1e-9, 1, "2 in space (0.1 s of measurements are over)"),
+        (1.0, 2, "1 in space (0.1 s of measurements are over)"),
+        (0.1, 2, "1 in space (posing and factoring would take about 4.9 s)"),
+    ],
+)
+def test_measurements_end_with_their_budget(posing, first, words, monkeypatch):
+    """What has begun is completed, and what was left out is said; the first is that of the quickest factorisation."""
     monkeypatch.setattr(choice, "REDUNDANT", 10)
+    monkeypatch.setattr(choice, "POSING", posing)
 
     def slow(spacetime):
         time.sleep(0.2)
         return heat(spacetime)
 
-    found = same_on_all_ranks(choose_grid(slow, solver_parameters=SERIAL, budget=0.1))
-    assert {shape[0] for shape in found.seconds} == {COMM.size}
-    assert "1 in space (0.1 s of measurements are over)" in found.left_out
+    budget = 0.1 if "over" in words else 4.0
+    found = same_on_all_ranks(choose_grid(slow, solver_parameters=SERIAL, budget=budget))
+    assert {shape[0] for shape in found.seconds} == {first}
+    assert words in found.left_out
 
 
 @pytest.mark.parallel([2])
