@@ -126,7 +126,8 @@ def _plan(arguments: Sequence[str]) -> None:
 
     parser = _parser("plan", _plan.__doc__, petsc=False)
     add = parser.add_argument
-    add("problem", type=file_name, help=f"{', '.join(bundled())}, or a file of pint-fem scaling calibrate")
+    about = "a file of pint-fem scaling calibrate, or module:name of a Case or a function of a SpaceTime that returns"
+    add("problem", type=file_name, help=f"{', '.join(bundled())}, {about} an Evolution, whose steps are measured here")
     add("--ranks", type=positive(int), default=256, help="most processes (256)")
     add("--experiments", type=positive(int), default=1, help="experiments of which J is the sum (1)")
     add("--steps", type=positive(int), help="time steps (default: the problem's)")
@@ -135,8 +136,11 @@ def _plan(arguments: Sequence[str]) -> None:
     opts = parser.read(arguments)
     network = None if opts.network is None else Network.parse(opts.network)
     given = dict(nsteps=opts.steps, rtol=opts.rtol, network=network)
+    problem = opts.problem
+    if ":" in problem and not Path(problem).is_file():
+        problem = _measured(problem)
     several = dict(experiments=opts.experiments)
-    made = on_first_rank(MPI.COMM_WORLD, "", partial(plan, opts.problem, opts.ranks, **given, **several))
+    made = on_first_rank(MPI.COMM_WORLD, "", partial(plan, problem, opts.ranks, **given, **several))
     of = f" of {opts.experiments} experiments" if opts.experiments > 1 else ""
     _print(
         f"{made.problem} on {made.ranks} ranks, one gradient{of} from cold to rtol {made.rtol:g} (all figures "
@@ -153,12 +157,27 @@ def _plan(arguments: Sequence[str]) -> None:
         _print(f"{choice.solver:8}{' x '.join(map(str, choice.grid)):>{width}}  {what:34}{cycles:>7}{numbers}")
     _print(f"run: {demo_arguments(made.best)}")
     found = []
-    if opts.experiments == 1:  # a map is not divided over groups of experiments
+    if opts.experiments == 1 and isinstance(problem, str):  # a map is not divided over groups of experiments
         found = on_first_rank(MPI.COMM_WORLD, "", partial(_plan_map, opts.problem, opts.ranks, given))
     for line in found:
         _print(line)
     for text in made.assumptions:
         _print(f"assumed: {text}")
+
+
+def _measured(text: str) -> Any:
+    """The costs of a problem ``MODULE:NAME``, measured on the ranks of this run."""
+    from pint_fem.scaling.calibrate import Case
+    from pint_fem.scaling.grid_choice import measured_costs
+
+    found = _named_object(text, "problem")
+    if isinstance(found, Case):
+        case = found
+        found = lambda st: case.pose(st, case.nsteps, {"time_solver": "serial"})
+    elif not callable(found):
+        raise InputError(f"{text}: give a Case or a function of a SpaceTime, not {type(found).__name__}")
+    made = measured_costs(found, solver_parameters={"time_solver": "auto"})
+    return made.with_changes(problem=text)
 
 
 def _plan_map(problem: Path, ranks: int, given: dict) -> list[str]:

@@ -14,9 +14,11 @@ import pint_fem as pf
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.evolution import BackwardEuler, Evolution
 from pint_fem.scaling.costs import Calibration, Kernel
-from pint_fem.scaling.grid_choice import choice, choose_grid, kernels
+from pint_fem.scaling.grid_choice import choose_grid, kernels, measured_costs, measurement
 from pint_fem.scaling.grid_choice.shapes import Measured, SolverUse, all_shapes, joint, least_seconds, seconds_of
 from pint_fem.scaling.network import Network
+from pint_fem.scaling.planner import plan, predict
+from pint_fem.spacetime import SpaceTime
 
 COMM = MPI.COMM_WORLD
 SERIAL, MGRIT = {"time_solver": "serial"}, {"time_solver": "mgrit"}
@@ -126,7 +128,7 @@ def test_experiments_first_where_they_divide():
     """Sequential stepping gains nothing from ranks in time, and by groups a little less than their number."""
     given = {"step": [Kernel((1, 8), (1.0, 8.0), lanes=True)], "adjoint": [Kernel((1, 8), (1.0, 8.0), lanes=True)]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "step_kernels", lambda *args, **more: given)
+        patch.setattr(measurement, "step_kernels", lambda *args, **more: given)
         found = same_on_all_ranks(choose_grid(heat, experiments=8, solver_parameters=SERIAL))
         assert found.shape == (1, 1, COMM.size)
         assert found.seconds[found.shape] == pytest.approx(16 * 2 * 8 / COMM.size, rel=0.01)
@@ -141,8 +143,8 @@ def test_ranks_in_space_where_they_pay(gain, monkeypatch):
         seconds = gain ** np.log2(propagator.evolution.V.mesh().comm.size)
         return {kind: [Kernel((1, 8), (seconds, 8 * seconds), lanes=True)] for kind in ("step", "adjoint")}
 
-    monkeypatch.setattr(choice, "step_kernels", step_kernels)
-    monkeypatch.setattr(choice, "REDUNDANT", 10)
+    monkeypatch.setattr(measurement, "step_kernels", step_kernels)
+    monkeypatch.setattr(measurement, "REDUNDANT", 10)
     found = same_on_all_ranks(choose_grid(heat, solver_parameters=SERIAL))
     assert found.shape == ((COMM.size, 1, 1) if gain < 1 else (1, COMM.size, 1))
     assert found.seconds[found.shape] == pytest.approx(16 * 2 * min(1.0, gain ** np.log2(COMM.size)), rel=0.01)
@@ -159,7 +161,7 @@ def test_more_ranks_than_steps():
 @pytest.mark.parallel([2])
 def test_nothing_is_measured_where_there_is_one_grid(monkeypatch):
     """Small systems and one experiment."""
-    monkeypatch.setattr(choice, "make_propagator", None)
+    monkeypatch.setattr(measurement, "make_propagator", None)
     found = same_on_all_ranks(choose_grid(heat, solver_parameters=SERIAL))
     assert (found.shape, found.seconds) == ((1, COMM.size, 1), {})
     assert "2 in space (every rank in space solves systems of 49 unknowns whole)" in found.left_out
@@ -218,8 +220,8 @@ def test_an_exit_on_one_rank_ends_all():
 )
 def test_measurements_end_with_their_budget(posing, first, words, monkeypatch):
     """What has begun is completed, and what was left out is said; the first is that of the quickest factorisation."""
-    monkeypatch.setattr(choice, "REDUNDANT", 10)
-    monkeypatch.setattr(choice, "POSING", posing)
+    monkeypatch.setattr(measurement, "REDUNDANT", 10)
+    monkeypatch.setattr(measurement, "POSING", posing)
 
     def slow(spacetime):
         time.sleep(0.2)
@@ -270,6 +272,32 @@ def test_what_is_posed_has_an_evolution():
             self.evolutions = [heat(spacetime), None]
 
     assert choose_grid(Several, experiments=2, solver_parameters=SERIAL).seconds
+
+
+# -- plans for more ranks ----------------------------------------------------------------------------------------------
+@pytest.mark.parallel([1, 2])
+def test_costs_are_those_of_a_plan(monkeypatch):
+    """Kernels as measured, the cycles of all options that the time solver chooses from, and the solver in space."""
+    monkeypatch.setattr(measurement, "REDUNDANT", 10)
+    made = measured_costs(heat, solver_parameters={"time_solver": "auto", "mgrit": {"rtol": 1e-6}})
+    assert all(other == made for other in COMM.allgather(made))
+    assert sorted(made.kernels) == [1, 2][: COMM.size]
+    assert (made.unknowns, made.nsteps, made.dimension, made.space_solver) == (49, 16, 2, "replicated")
+    assert {entry["rtol"] for entry in made.cycles} == {1e-6, 1e-3}
+    least = {entry["rtol"]: min(e["state"] for e in made.cycles if e["rtol"] == entry["rtol"]) for entry in made.cycles}
+    assert 0 <= least[1e-3] <= least[1e-6]
+    assert plan(made, 8, rtol=1e-6).best.seconds <= predict(made, {"levels": 1}, (1, 1), (0, 0)).seconds
+
+
+@pytest.mark.parallel([2])
+def test_costs_of_a_problem_that_cannot_be_posed():
+    def pose(spacetime):
+        if COMM.rank:
+            raise InputError("no such file")
+        return heat(spacetime)
+
+    with pytest.raises(InputError, match="no such file"):
+        measured_costs(lambda st: pose(SpaceTime("1x1", MPI.COMM_SELF)))
 
 
 # -- a network ---------------------------------------------------------------------------------------------------------

@@ -1,59 +1,31 @@
 """The choice of a process grid by measurement, before a problem is posed on it.
 
 A problem is posed on each number of ranks in space that may pay, its steps and transposed steps of one state and of
-blocks are timed with all ranks at work, and the grid with the least predicted time of the functional and its gradient
-(:mod:`pint_fem.scaling.grid_choice.shapes`) is returned on all ranks.
-
-*What is not measured.* Small linear systems are solved whole by every rank in space, so that one rank in space is
-measured only, and nothing where that leaves one grid. Otherwise few ranks in space come first; more are left out where
-they could not be the fastest even if a step took :math:`d^{-4/3}` of the time. Linear systems whose factorisation on
-one rank would take long begin with all ranks in space. Where posing and factoring would exceed the budget of seconds,
-by the operations of nested dissection, nothing is measured, nor after the budget is spent. What was left out is said.
+blocks are timed with all ranks at work (:mod:`pint_fem.scaling.grid_choice.measurement`), and the grid with the least
+predicted time of the functional and its gradient (:mod:`pint_fem.scaling.grid_choice.shapes`) is returned on all ranks.
 """
 
 from __future__ import annotations
 
-import gc
-import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mpi4py import MPI
 
-from pint_fem.collective import collectively, on_first_rank, require_same
+from pint_fem.collective import require_same
 from pint_fem.errors import InputError
-from pint_fem.evolution.evolution import Evolution
-from pint_fem.kernels.direct import REDUNDANT
-from pint_fem.kernels.garbage import clean
-from pint_fem.propagators import make_propagator
-from pint_fem.scaling.costs import Calibration, Kernel
-from pint_fem.scaling.grid_choice.kernels import measured_network, step_kernels, update_seconds
-from pint_fem.scaling.grid_choice.shapes import (
-    GROWTH,
-    Measured,
-    Shape,
-    SolverUse,
-    all_shapes,
-    least_seconds,
-    seconds_of,
-)
-from pint_fem.scaling.grid_choice.solvers import SolverRule, solver_rule
+from pint_fem.scaling.costs import Calibration
+from pint_fem.scaling.grid_choice.measurement import Measurement, in_few_words
+from pint_fem.scaling.grid_choice.shapes import grid_text
 from pint_fem.spacetime import SpaceTime
-from pint_fem.theory.spectrum import spectrum
 
-__all__ = ["BUDGET", "GridChoice", "choose_grid"]
+__all__ = ["BUDGET", "GridChoice", "choose_grid", "measured_costs"]
 
 BUDGET = 20.0
 """Default seconds of all measurements."""
-POSING, FACTORING_2D, FACTORING_3D = 3e-5, 1e-8, 5e-10
-"""Seconds, about, of posing a problem per unknown, and of a factorisation per operation of nested dissection: of the
-unknowns to the power 3/2 in two dimensions, to the power 2 in three.
-"""
-MOST_STEPS = 100_000
-"""Steps beyond which runs on virtual ranks, which count messages of each step, take longer than they save."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +53,7 @@ class GridChoice:
     @property
     def grid(self) -> str:
         """The grid as :class:`~pint_fem.spacetime.SpaceTime` and ``--grid`` take it, such as ``"2x4"``."""
-        return _text(self.shape)
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape if shape[-1] > 1 else shape[:2]))
+        return grid_text(self.shape)
 
 
 def choose_grid(
@@ -104,7 +72,7 @@ def choose_grid(
     pose
         ``pose(spacetime)`` poses one experiment on ``spacetime.space_comm`` and returns an
         :class:`~pint_fem.evolution.evolution.Evolution`, or an object with one as ``evolution`` (a reduced functional)
-        or several as ``evolutions``. It is called once for each measured number of ranks in space.
+        or several as ``evolutions``. It is called for the largest number of ranks in space, and for each measured one.
     comm
         All ranks of the grid.
     experiments
@@ -140,219 +108,57 @@ def choose_grid(
         return GridChoice((1, 1, 1), {}, (), "grid auto: 1x1, as there is one rank")
     start = time.perf_counter()
     try:
-        run = _Measurement(pose, comm, experiments, dict(solver_parameters or {}), budget)
+        run = Measurement(pose, comm, experiments, dict(solver_parameters or {}), budget)
         found = run.choice()
     except Exception as error:  # on all ranks; posing the problem itself reports what is wrong with it
-        reason = comm.bcast(_about(error))
+        reason = comm.bcast(in_few_words(error))
         shape = (1, comm.size, 1)
-        why = f"grid auto: {_text(shape)}, all ranks in time, as nothing is predicted: {reason}"
+        why = f"grid auto: {grid_text(shape)}, all ranks in time, as nothing is predicted: {reason}"
         return GridChoice(shape, {}, (), why)
     took = comm.bcast(time.perf_counter() - start)
     return comm.bcast(_with_line(found, took, run))
 
 
-def _with_line(found: tuple[dict, tuple[str, ...]], took: float, run: _Measurement) -> GridChoice:
+def _with_line(found: tuple[dict, tuple[str, ...]], took: float, run: Measurement) -> GridChoice:
     """The choice, with one line that names the alternatives."""
     seconds, left_out = found
     ranked = dict(sorted(seconds.items(), key=lambda item: item[1]))
     shape = next(iter(ranked))
     without = f"; left out: {'; '.join(left_out)}" if left_out else ""
     if math.isnan(ranked[shape]):
-        return GridChoice(shape, {}, left_out, f"grid auto: {_text(shape)}, the only one that may pay{without}")
-    others = ", ".join(f"{_text(s)} {t:.3g} s" for s, t in ranked.items() if s != shape)
+        return GridChoice(shape, {}, left_out, f"grid auto: {grid_text(shape)}, the only one that may pay{without}")
+    others = ", ".join(f"{grid_text(s)} {t:.3g} s" for s, t in ranked.items() if s != shape)
     axes = "space x time" + " x experiments" * (run.experiments > 1)
     line = (
-        f"grid auto: {_text(shape)} ({axes}), predicted {ranked[shape]:.3g} s for the functional and its gradient from "
-        f"steps measured here (in {took:.1f} s)"
+        f"grid auto: {grid_text(shape)} ({axes}), predicted {ranked[shape]:.3g} s for the functional and its gradient "
+        f"from steps measured here (in {took:.1f} s)"
     )
     line += f"; {others}" if others else ""
     return GridChoice(shape, ranked, left_out, line + without)
 
 
-class _Measurement:
-    """The measurements of a choice; all methods are collective over all ranks."""
+def measured_costs(
+    pose: Callable[[SpaceTime], Any],
+    *,
+    comm: MPI.Comm = MPI.COMM_WORLD,
+    solver_parameters: Mapping | None = None,
+    budget: float = BUDGET,
+) -> Calibration:
+    """Measure the steps of a problem on the ranks of this run, for predictions on more ranks by
+    :func:`~pint_fem.scaling.planner.plan` (collective).
 
-    def __init__(self, pose: Callable, comm: MPI.Comm, experiments: int, parameters: dict, budget: float):
-        self.pose, self.comm, self.experiments = pose, comm, experiments
-        self.parameters, self.budget = parameters, budget
-        self.start, self.left_out = time.perf_counter(), []  # type: ignore[var-annotated]
-        self.kernels: dict[int, dict[str, list[Kernel]]] = {}
-        self.update: dict[int, float] = {}
-        self.rule: SolverRule | None = None
-        self.costs: Calibration | None = None
-        self.is_linear = False
+    Cycles are those of the a-priori estimates, and the work around the sweeps is left out: a calibration by
+    ``pint-fem scaling calibrate`` is more accurate and takes minutes.
 
-    # -- what is measured ----------------------------------------------------------------------------------------------
-    @property
-    def spent(self) -> float:
-        """Seconds so far, the same on all ranks."""
-        return self.comm.bcast(time.perf_counter() - self.start)
+    Parameters
+    ----------
+    pose, comm, solver_parameters, budget
+        As for :func:`choose_grid`.
 
-    def choice(self) -> tuple[dict, tuple[str, ...]]:
-        """Predicted seconds by grid, and what was left out."""
-        collectively(self.comm, "", _require_model)
-        size = self.comm.size
-        divisors = [n for n in range(1, size + 1) if size % n == 0]
-        posed, space = self._first_posed(divisors[::-1])
-        self._describe(posed)
-        if posed.nsteps > MOST_STEPS:
-            raise InputError(f"{posed.nsteps} steps are too many for a prediction of each message")
-        possible = [d for d in divisors if self._shapes(d)]
-        if not possible:
-            raise InputError(f"no grid of {size} ranks for {posed.nsteps} steps and {self.experiments} experiments")
-        linear, unknowns = posed.affine_parts is not None, posed.V.dim()
-        self.is_linear = linear
-        is_small = linear and not posed.solver_parameters and unknowns <= REDUNDANT
-        if is_small and len(possible) > 1:
-            least, *more = possible
-            self._leave_out(more, f"every rank in space solves systems of {unknowns} unknowns whole")
-            possible = [least]
-        large = linear and self._forecast(possible[0]) > self.budget / 4
-        if len(possible) == 1 and len(self._shapes(possible[0])) == 1:
-            return {self._shapes(possible[0])[0]: math.nan}, tuple(self.left_out)
-        for d in possible[::-1] if large else possible:
-            if not self.kernels or not self._cannot_be_done(d, large):
-                self._measure(d, posed if d == space else None)
-        if not self.kernels:
-            raise InputError(f"no grid could be measured: {'; '.join(self.left_out)}")
-        seconds, missing = on_first_rank(self.comm, "", self._predicted)
-        return seconds, (*self.left_out, *missing)
-
-    def _forecast(self, d: int) -> float:
-        """About the seconds of posing a linear problem on ``d`` ranks in space and of its factorisation."""
-        assert self.costs is not None
-        own, dimension = self.costs.unknowns / d, self.costs.dimension
-        return POSING * own + {3: FACTORING_3D * own**2, 2: FACTORING_2D * own**1.5}.get(dimension, 0.0)
-
-    def _cannot_be_done(self, d: int, large: bool) -> bool:
-        """Whether a number of ranks in space is left out, with the reason noted."""
-        if self.spent > self.budget:
-            self._leave_out([d], f"{self.budget:g} s of measurements are over")
-            return True
-        if self.is_linear and self.spent + self._forecast(d) > self.budget:
-            self._leave_out([d], f"posing and factoring would take about {self._forecast(d):.2g} s")
-            return True
-        if not large and on_first_rank(self.comm, "", self._cannot_win, d):
-            self._leave_out([d], "it could not be the fastest")
-            return True
-        return False
-
-    def _leave_out(self, numbers: list[int], why: str) -> None:
-        if numbers:
-            self.left_out.append(f"{', '.join(map(str, numbers))} in space ({why})")
-
-    def _first_posed(self, numbers: list[int]) -> tuple[Evolution, int]:
-        """The evolution on the largest number of ranks in space on which it can be posed."""
-        for place, d in enumerate(numbers):
-            try:
-                return self._posed(d), d
-            except Exception as error:
-                if place == len(numbers) - 1:
-                    raise
-                self._leave_out([d], _about(error))
-        raise InputError("no number of ranks in space")
-
-    def _posed(self, d: int) -> Evolution:
-        """The evolution on ``d`` ranks in space."""
-        shapes = self._shapes(d) if self.costs is not None else [(d, self.comm.size // d, 1)]
-        grid = SpaceTime(min(shapes, key=lambda shape: shape[2]), self.comm)
-        made = collectively(self.comm, "posing the problem", self.pose, grid.group)
-        return collectively(self.comm, "posing the problem", _evolution_of, made)
-
-    def _describe(self, ev: Evolution) -> None:
-        """Sizes of the problem, and the network."""
-        require_same(self.comm, nsteps=ev.nsteps, unknowns=ev.V.dim())
-        self.costs = Calibration(
-            "measured here", "this machine", ev.V.dim(), ev.nsteps, {}, stages=ev.dirk.stages,
-            dimension=ev.V.mesh().unique().topological_dimension,
-            network=measured_network(self.comm),
-        )  # fmt: skip
-
-    def _measure(self, d: int, ev: Evolution | None) -> None:
-        """Measure the kernels on ``d`` ranks in space where that is possible."""
-        try:
-            ev = self._posed(d) if ev is None else ev
-            made = collectively(self.comm, "step", make_propagator, ev)
-            update = update_seconds(self.comm, made)
-            most = max(1.0, (self.budget - self.spent) / 2)
-            kernels = step_kernels(self.comm, made, most=most)
-            if self.rule is None:
-                self.rule = self._rule(made.evolution)
-        except Exception as error:
-            self._leave_out([d], _about(error))
-            return
-        self.kernels[d], self.update[d] = kernels, update
-        space_comm = ev.V.mesh().comm
-        del made, ev
-        gc.collect()
-        clean(space_comm)
-
-    def _rule(self, ev: Evolution) -> SolverRule:
-        """The rule by which the time solver is chosen, with the spectrum where that decides."""
-        needs = self.parameters.get("time_solver", "mgrit") != "serial" and ev.affine_parts is not None
-        found = collectively(self.comm, "spectrum", spectrum, ev) if needs else None
-        return collectively(self.comm, "", solver_rule, ev, found, self.parameters)
-
-    # -- what is predicted ---------------------------------------------------------------------------------------------
-    def _shapes(self, d: int) -> list[Shape]:
-        """All grids with ``d`` ranks in space."""
-        assert self.costs is not None
-        return [s for s in all_shapes(self.comm.size, self.costs.nsteps, self.experiments) if s[0] == d]
-
-    def _measured(self, kernels: dict[int, dict[str, list[Kernel]]], update: dict[int, float]) -> Measured:
-        assert self.costs is not None
-        return Measured(self.costs.with_changes(kernels=kernels), self.experiments, self.is_linear, update)
-
-    def _bounds(self, measured: Measured, numbers: Iterable[int]) -> list[tuple[float, Shape, SolverUse]]:
-        """Grids with some numbers of ranks in space by lower bounds of their times, with their time solvers."""
-        assert self.rule is not None
-        found = []
-        for shape in (shape for d in numbers for shape in self._shapes(d)):
-            use = self.rule.on(shape[1], measured.costs.kernels[shape[0]]["step"][0])
-            found.append((least_seconds(measured, shape, use), shape, use))
-        return sorted(found, key=lambda each: each[:2])
-
-    def _predicted(self) -> tuple[dict[Shape, float], list[str]]:
-        """Predicted seconds of the grids that may be the fastest, of all measured numbers of ranks in space, the most
-        promising ones first; and what is left out as that takes too long.
-        """
-        measured, best, out = self._measured(self.kernels, self.update), math.inf, {}
-        start, missing = time.perf_counter(), []
-        for least, shape, use in self._bounds(measured, self.kernels):
-            if out and time.perf_counter() - start > self.budget:
-                missing.append(f"{_text(shape)} (predictions took {self.budget:g} s)")
-            elif least < best:
-                out[shape] = seconds_of(measured, shape, use)
-                best = min(best, out[shape])
-        return out, missing
-
-    def _cannot_win(self, d: int) -> bool:
-        """Whether ``d`` ranks in space are slower than what is measured even where a step's work is divided ideally."""
-        one = min(self.kernels)
-        share = (one / d) ** GROWTH
-        ideal = {kind: [k.scaled(share) for k in levels] for kind, levels in self.kernels[one].items()}
-        measured = self._measured({d: ideal}, {d: share * self.update[one]})
-        return self._bounds(measured, [d])[0][0] >= min(self._predicted()[0].values())
-
-
-def _about(error: Exception) -> str:
-    """An exception in a few words."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) < 160 else text[:160] + '...'}"
-
-
-def _require_model() -> None:
-    """Raise where virtual ranks cannot be run."""
-    if importlib.util.find_spec("greenlet") is None:
-        raise InputError("predictions require the package greenlet: pip install greenlet")
-
-
-def _evolution_of(made: Any) -> Evolution:
-    """The evolution of what a problem was posed as."""
-    several = getattr(made, "evolutions", None)
-    found = several[0] if several else getattr(made, "evolution", made)
-    if not isinstance(found, Evolution):
-        raise InputError(
-            f"pose returns {type(made).__name__}: return an Evolution, or an object with one as 'evolution'"
-        )
-    return found
+    Raises
+    ------
+    InputError, SolverFailure, RuntimeError
+        On every rank, if the problem cannot be posed or no step be measured.
+    """
+    require_same(comm, budget=budget, given=dict(solver_parameters or {}))
+    return Measurement(pose, comm, 1, dict(solver_parameters or {}), budget).costs_here()

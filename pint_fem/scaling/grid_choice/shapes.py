@@ -22,7 +22,17 @@ from pint_fem.scaling.costs import Calibration, Kernel
 from pint_fem.scaling.space import space_kernels
 from pint_fem.theory.costs import sequential_seconds
 
-__all__ = ["GROWTH", "Measured", "Shape", "SolverUse", "all_shapes", "joint", "least_seconds", "seconds_of"]
+__all__ = [
+    "GROWTH",
+    "Measured",
+    "Shape",
+    "SolverUse",
+    "all_shapes",
+    "grid_text",
+    "joint",
+    "least_seconds",
+    "seconds_of",
+]
 
 Shape = tuple[int, int, int]
 """Ranks in space and in time, and groups of experiments."""
@@ -95,6 +105,11 @@ class Measured:
             kind: [joint(k, count) for k in levels] for kind, levels in space_kernels(c, space, c.network).items()
         }
         return c.with_changes(unknowns=c.unknowns * count, kernels={space: kernels})
+
+
+def grid_text(shape: tuple[int, ...]) -> str:
+    """A grid as ``--grid`` takes it, such as ``"2x4"``; the groups of experiments only where there are several."""
+    return "x".join(map(str, shape if shape[-1] > 1 else shape[:2]))
 
 
 def joint(kernel: Kernel, count: int) -> Kernel:

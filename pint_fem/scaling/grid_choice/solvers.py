@@ -86,6 +86,28 @@ class SolverRule:
             return SolverUse("serial") if chosen.kind == "serial" else self._mgrit(chosen.mgrit)
         return SolverUse("serial") if self.kind == "serial" else self._mgrit(self.mgrit)
 
+    def menu(self) -> list[dict]:
+        """Options of MGRIT with the cycles of a state and an adjoint sweep by theory, for each tolerance, as ``cycles``
+        of :class:`~pint_fem.scaling.costs.Calibration`; those that are given, or all that ``"auto"`` chooses from.
+        """
+        if self.residuals is None or self.kind in ("serial", "paradiag"):
+            return []
+        if self.kind == "mgrit" or self.has_shape:
+            use = self._mgrit(self.mgrit)
+            return [
+                {"options": dict(use.options), "rtol": rtol, "state": use.cycles[0], "adjoint": use.cycles[1]}
+                for rtol in self.tolerances
+                if use.kind == "mgrit"
+            ]
+        out = []
+        for made in candidates(self.nsteps, 1):
+            cycles = self.residuals.cycles(made.m, made.coarse_steps, made.relax, self.tolerances, MOST_CYCLES)
+            options = {"levels": 2, "coarsening": [made.m], "relax": made.relax, "coarse_steps": made.coarse_steps}
+            for rtol, count in zip(self.tolerances, cycles, strict=True):
+                if math.isfinite(count):
+                    out.append({"options": options, "rtol": rtol, "state": int(count), "adjoint": int(count)})
+        return out
+
     def _paradiag(self, seconds: Mapping[int, float], time: int) -> float:
         return paradiag_ratio(seconds, self.rate, time, self.tolerances)
 
