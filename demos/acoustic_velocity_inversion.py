@@ -63,7 +63,7 @@ def main():
     from demos.acoustic_velocity_report import further_report
     from problems import acoustic_velocity as posed
     from problems.acoustic_readings import NOISE, READINGS
-    from problems.acoustic_setting import BANDS, PEAK_FREQUENCY
+    from problems.acoustic_setting import BANDS, PEAK_FREQUENCY, SHOTS
     from problems.serial_acoustic import serial_acoustic_velocity
 
     settings = {
@@ -84,6 +84,7 @@ def main():
         record=serial_acoustic_velocity,
         settings=settings,
         shipped=settings["readings"] == str(READINGS),
+        count=len(SHOTS),
         quantity="pressure",
         sources="shots",
         stages=[

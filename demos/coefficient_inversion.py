@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from demos.inversion import add_trust_region, settle_method
+from demos.planned_grid import GRID_HELP, measured_grid
 from pint_fem.cli import ProgramParser, positive
 
 __all__ = ["add_coefficients", "factors", "invert_coefficients", "settle_coefficients"]
@@ -46,9 +47,8 @@ def add_coefficients(parser: ProgramParser, *, out: str, gtol: str = "1e-4", tap
     add = parser.add_argument
     add(
         "--grid",
-        default="auto",
         metavar="SxT[xE]",
-        help="ranks in space x ranks in time x groups of experiments (default: all ranks in time)",
+        help=f"ranks in space x ranks in time x groups of experiments; {GRID_HELP} all ranks in time",
     )
     add("--alpha", type=positive(float, zero=True), help="weight of the coefficient's gradient in the regularisation")
     add("--beta", type=positive(float), help="weight of the coefficient's size in the regularisation")
@@ -88,6 +88,7 @@ def invert_coefficients(
     record: Callable,
     settings: Mapping[str, Any],
     shipped: bool,
+    count: int,
     quantity: str,
     sources: str,
     stages: Sequence[tuple[str, Mapping[str, Any]]] = (("", {}),),
@@ -112,6 +113,8 @@ def invert_coefficients(
         Arguments of both.
     shipped
         Whether the readings are the shipped ones, whose coefficients are known.
+    count
+        Number of experiments.
     quantity, sources
         What is read, with its unit, and what the experiments' sources are called, for pictures.
     stages
@@ -127,11 +130,16 @@ def invert_coefficients(
     from demos.outputs import Outputs, output_folder
     from pint_fem.spacetime import SpaceTime
 
-    spacetime, outputs, times = SpaceTime(opts.grid), Outputs(), {"set-up": 0.0, "inversion": 0.0}
+    outputs, times = Outputs(), {"set-up": 0.0, "inversion": 0.0}
     output_folder(opts.out)
     solver = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}, "paradiag": {"rtol": opts.rtol}}
     if not opts.exact:
         solver["typical_rtol"] = 1e-2  # of products with the Hessian, which are most of the solves
+
+    last, serial = {**settings, **stages[-1][1]}, {"time_solver": "serial"}
+    measure = lambda st: pose(st, **last, experiments=[0], solver_parameters=serial)
+    grid, about = measured_grid(opts.grid, measure, solver=solver, experiments=count)
+    spacetime = SpaceTime(grid)
 
     def say(text: str = "") -> None:
         if spacetime.is_root:
@@ -140,6 +148,8 @@ def invert_coefficients(
     def posed(own: Mapping[str, Any], experiments: Sequence[int] | None = None):
         return pose(spacetime, **{**settings, **own}, experiments=experiments, solver_parameters=solver)
 
+    if about:
+        say(about)
     say(f"{title} on {' x '.join(map(str, spacetime.shape))} ranks (space x time x experiments)")
     start, history, calls, finished = None, [], [0, 0, 0], []
     for number, (label, own) in enumerate(stages):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from demos.inversion import add_trust_region, settle_method, sum_of_counts, summary_of
 from demos.outputs import Outputs, Progress, output_folder
+from demos.planned_grid import GRID_HELP, measured_grid
 from pint_fem.cli import ProgramParser, positive
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def add_control_options(parser: ProgramParser, defaults: Any, *, out: str, gtol:
         help="kkt (state, adjoint and control of all steps at once), trust-region (sweeps in each iteration), auto (as "
         "the problem allows; it prints why) (auto)",
     )
-    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: all ranks in time)")
+    add("--grid", metavar="SxT", help=f"ranks in space x ranks in time; {GRID_HELP} all ranks in time")
     add("--cells", type=positive(int), help=f"squares along a side ({defaults.cells})")
     add("--steps", type=positive(int), help=f"time steps ({defaults.steps})")
     add("--integrator", help=f"BackwardEuler, SDIRK2 or ImplicitMidpoint ({defaults.integrator})")
@@ -143,16 +144,22 @@ def control(
     from demos.control_report import report
     from pint_fem.spacetime import SpaceTime
 
-    spacetime, outputs, times = SpaceTime(opts.grid), Outputs(), {}
+    outputs, times = Outputs(), {}
     output_folder(opts.out)
     solver: dict = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}, "paradiag": {"rtol": opts.rtol}}
     if opts.method == "trust-region" and not opts.exact and settings.bounds is None:
         solver["typical_rtol"] = 1e-2  # of products with the Hessian, which are most of the solves
 
+    measure = lambda st: pose(st, settings, solver_parameters={"time_solver": "serial"})
+    grid, about = measured_grid(opts.grid, measure, solver=solver)
+    spacetime = SpaceTime(grid)
+
     def say(text: str = "") -> None:
         if spacetime.is_root:
             print(text, flush=True)
 
+    if about:
+        say(about)
     say(f"{title} on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
     start = time.perf_counter()
     problem = pose(spacetime, settings, solver_parameters=solver)

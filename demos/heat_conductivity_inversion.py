@@ -41,6 +41,7 @@ def main():
     opts = arguments()
     from problems import heat_conductivity as posed
     from problems.heat_conductivity_readings import NOISE, READINGS
+    from problems.heat_conductivity_setting import HEATERS
     from problems.plate import MESH
     from problems.serial_heat_conductivity import serial_heat_conductivity
 
@@ -62,6 +63,7 @@ def main():
         record=serial_heat_conductivity,
         settings=settings,
         shipped=settings["readings"] == str(READINGS),
+        count=len(HEATERS),
         quantity="temperature rise in K",
         sources="heaters",
     )

@@ -1,6 +1,6 @@
 """Recover an unknown heat source in a plate from 24 sensors, with its standard deviation, parallel in time.
 
-    mpiexec -n 4 python demos/heat_source_inversion.py --grid 2x2            (2 ranks in space x 2 in time)
+    mpiexec -n 4 python demos/heat_source_inversion.py --grid 2x2            (2 ranks in space x 2 in time; or auto)
     python demos/heat_source_inversion.py --method trust-region              (sweeps in each iteration)
 
 Writes to --out: source.png, sensors.png, l_curve.png (of the trust region: convergence.png), fields/*.pvd for ParaView
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from demos.inversion import add_method, add_plate, add_trust_region, settle_method
+from demos.planned_grid import GRID_HELP, measured_grid, planned_grid
 from pint_fem.cli import ProgramParser, positive, run
 
 
@@ -24,7 +25,7 @@ def arguments():
     parser = ProgramParser(prog="heat_source_inversion.py", description=__doc__)
     add = parser.add_argument
     add_method(add)
-    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: as is fastest)")
+    add("--grid", metavar="SxT", help=f"ranks in space x ranks in time; {GRID_HELP} all in time, or as calibrated")
     add_plate(add)
     add("--integrator", default="SDIRK2", help="BackwardEuler, SDIRK2 or ImplicitMidpoint (SDIRK2)")
     add("--alpha", type=positive(float, zero=True), help="weight of the source's gradient in the regularisation")
@@ -53,7 +54,6 @@ def main():
     """Run the inversion."""
     opts = arguments()
     from demos.outputs import Outputs, output_folder
-    from demos.planned_grid import planned_grid
     from pint_fem.spacetime import SpaceTime
 
     solver = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}}
@@ -66,15 +66,9 @@ def main():
         steps=opts.steps,
         calibrated=opts.mesh is None and opts.integrator == "SDIRK2" and opts.method == "trust-region",
     )
-    spacetime = SpaceTime(grid)
-    output_folder(opts.out)
     from problems import heat_source as posed
     from problems.heat_readings import NOISE, READINGS
     from problems.plate import MESH
-
-    def say(text=""):
-        if spacetime.is_root:
-            print(text, flush=True)
 
     settings = {
         "mesh": str(opts.mesh or MESH),
@@ -85,6 +79,19 @@ def main():
         "beta": opts.beta or posed.BETA,
         "noise": opts.noise or NOISE,
     }
+    grid, measured = measured_grid(
+        grid,
+        lambda st: posed.heat_source(st, **settings, solver_parameters={"time_solver": "serial"}),
+        solver=solver,
+        by_map=opts.method == "map",
+    )
+    spacetime, about = SpaceTime(grid), measured or about
+    output_folder(opts.out)
+
+    def say(text=""):
+        if spacetime.is_root:
+            print(text, flush=True)
+
     if about:
         say(about)
     say(f"heat source inversion on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from demos.inversion import add_plate
+from demos.planned_grid import GRID_HELP, measured_grid
 from pint_fem.cli import ProgramParser, run
 
 SHOWN = 4
@@ -28,7 +29,7 @@ def arguments():
     """Options of the program."""
     parser = ProgramParser(prog="heat_source_live.py", description=__doc__)
     add = parser.add_argument
-    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: all in time)")
+    add("--grid", metavar="SxT", help=f"ranks in space x ranks in time; {GRID_HELP} all in time")
     add_plate(add)
     add("--live", action="store_true", help="draw in a window, too, where there are a display and a terminal")
     add("--out", type=Path, default=Path("results/heat_source_live"), help="folder (results/heat_source_live)")
@@ -41,7 +42,6 @@ def main():
     from demos.outputs import Outputs, output_folder
     from pint_fem.spacetime import SpaceTime
 
-    spacetime = SpaceTime(opts.grid)
     output_folder(opts.out)
     import numpy as np
     from mpi4py import MPI
@@ -53,11 +53,18 @@ def main():
     from problems.heat_readings import READINGS
     from problems.plate import MESH
 
+    settings = {"mesh": str(opts.mesh or MESH), "readings": str(opts.sensors or READINGS), "steps": opts.steps}
+    serial = {"time_solver": "serial"}
+    measure = lambda st: posed.heat_source(st, **settings, solver_parameters=serial)
+    grid, about = measured_grid(opts.grid, measure, solver=serial, by_map=True)
+    spacetime = SpaceTime(grid)
+
     def say(text=""):
         if spacetime.is_root:
             print(text, flush=True)
 
-    settings = {"mesh": str(opts.mesh or MESH), "readings": str(opts.sensors or READINGS), "steps": opts.steps}
+    if about:
+        say(about)
     say(f"heat source, readings as they come in, on {spacetime.space_size} x {spacetime.time_size} ranks")
     start, times = time.perf_counter(), {}
 
@@ -66,7 +73,7 @@ def main():
         now = time.perf_counter()
         times[name], start = now - start, now
 
-    problem = posed.heat_source(spacetime, **settings, solver_parameters={"time_solver": "serial"})
+    problem = posed.heat_source(spacetime, **settings, solver_parameters=serial)
     clock("set-up")
     read = problem.readings
     shown = np.unique(np.linspace(0, len(read.points) - 1, min(SHOWN, len(read.points))).astype(int))

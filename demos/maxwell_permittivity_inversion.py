@@ -40,6 +40,7 @@ def main():
     opts = arguments()
     from demos.maxwell_permittivity_report import further_report
     from problems import maxwell_permittivity as posed
+    from problems.maxwell_soil import ANTENNAS
     from problems.serial_maxwell_permittivity import serial_maxwell_permittivity
 
     given = lambda value, default: default if value is None else value
@@ -62,6 +63,7 @@ def main():
         record=serial_maxwell_permittivity,
         settings=settings,
         shipped=settings["readings"] == str(posed.READINGS),
+        count=len(ANTENNAS),
         quantity="electric field",
         sources="antennas",
         minimisation={"hessian": "gauss-newton", "initial_radius": 0.1, "cg_forcing": 0.1, "cg_max_it": 20},

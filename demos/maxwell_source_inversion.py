@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from demos.inversion import add_method, add_trust_region, settle_method
+from demos.planned_grid import GRID_HELP, measured_grid, planned_grid
 from pint_fem.cli import ProgramParser, file_name, positive, run
 
 
@@ -27,7 +28,7 @@ def arguments():
     add = parser.add_argument
     add_method(add)
     add("--regime", default="lossy", choices=["lossy", "cavity"], help="lossy or cavity (lossy)")
-    add("--grid", default="auto", metavar="SxT", help="ranks in space x ranks in time (default: as is fastest)")
+    add("--grid", metavar="SxT", help=f"ranks in space x ranks in time; {GRID_HELP} all in time, or as calibrated")
     add("--cells", type=positive(int), default=16, help="cells along a side, a multiple of 8 (16)")
     add("--degree", type=positive(int), default=2, help="degree of the elements (2)")
     add(
@@ -72,7 +73,6 @@ def main():
     """Run the inversion."""
     opts = arguments()
     from demos.outputs import Outputs, output_folder
-    from demos.planned_grid import planned_grid
     from pint_fem.spacetime import SpaceTime
     from problems.maxwell_setting import setting
 
@@ -85,15 +85,8 @@ def main():
         steps=opts.steps or given.steps,
         calibrated=(opts.method, opts.cells, opts.degree, opts.integrator) == ("trust-region", 16, 2, None),
     )
-    spacetime = SpaceTime(grid)
-    opts.out = opts.out or Path("results") / f"maxwell_{opts.regime}"
-    output_folder(opts.out)
     from problems import maxwell_source as posed
     from problems.maxwell_readings import NOISE, readings_file
-
-    def say(text=""):
-        if spacetime.is_root:
-            print(text, flush=True)
 
     settings = {
         "regime": opts.regime,
@@ -106,6 +99,20 @@ def main():
         "beta": opts.beta or posed.BETA[opts.regime],
         "noise": opts.noise or NOISE,
     }
+    grid, measured = measured_grid(
+        grid,
+        lambda st: posed.maxwell_source(st, **settings, solver_parameters={"time_solver": "serial"}),
+        solver=solver,
+        by_map=opts.method == "map",
+    )
+    spacetime, about = SpaceTime(grid), measured or about
+    opts.out = opts.out or Path("results") / f"maxwell_{opts.regime}"
+    output_folder(opts.out)
+
+    def say(text=""):
+        if spacetime.is_root:
+            print(text, flush=True)
+
     if about:
         say(about)
     say(f"Maxwell source inversion, {opts.regime}, on {spacetime.space_size} x {spacetime.time_size} ranks")

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from pint_fem.propagators.choice import leapfrog
     from pint_fem.resnet import LayerParallelResNet
+    from pint_fem.scaling.grid_choice import GridChoice, choose_grid
     from pint_fem.spacetime import SpaceTime
     from pint_fem.sweeps.checking import check_sweeps
 
@@ -95,6 +96,7 @@ _MODULES = {
     ),
     "pint_fem.propagators.choice": ("leapfrog",),
     "pint_fem.resnet": ("LayerParallelResNet",),
+    "pint_fem.scaling.grid_choice": ("GridChoice", "choose_grid"),
     "pint_fem.spacetime": ("SpaceTime",),
     "pint_fem.sweeps.checking": ("check_sweeps",),
 }

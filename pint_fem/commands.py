@@ -126,7 +126,8 @@ def _plan(arguments: Sequence[str]) -> None:
 
     parser = _parser("plan", _plan.__doc__, petsc=False)
     add = parser.add_argument
-    add("problem", type=file_name, help=f"{', '.join(bundled())}, or a file of pint-fem scaling calibrate")
+    about = "a file of pint-fem scaling calibrate, or module:name of a Case or a function of a SpaceTime that returns"
+    add("problem", type=file_name, help=f"{', '.join(bundled())}, {about} an Evolution, whose steps are measured here")
     add("--ranks", type=positive(int), default=256, help="most processes (256)")
     add("--experiments", type=positive(int), default=1, help="experiments of which J is the sum (1)")
     add("--steps", type=positive(int), help="time steps (default: the problem's)")
@@ -135,8 +136,11 @@ def _plan(arguments: Sequence[str]) -> None:
     opts = parser.read(arguments)
     network = None if opts.network is None else Network.parse(opts.network)
     given = dict(nsteps=opts.steps, rtol=opts.rtol, network=network)
+    problem = opts.problem
+    if ":" in problem and not Path(problem).is_file():
+        problem = _measured(problem)
     several = dict(experiments=opts.experiments)
-    made = on_first_rank(MPI.COMM_WORLD, "", partial(plan, opts.problem, opts.ranks, **given, **several))
+    made = on_first_rank(MPI.COMM_WORLD, "", partial(plan, problem, opts.ranks, **given, **several))
     of = f" of {opts.experiments} experiments" if opts.experiments > 1 else ""
     _print(
         f"{made.problem} on {made.ranks} ranks, one gradient{of} from cold to rtol {made.rtol:g} (all figures "
@@ -153,12 +157,27 @@ def _plan(arguments: Sequence[str]) -> None:
         _print(f"{choice.solver:8}{' x '.join(map(str, choice.grid)):>{width}}  {what:34}{cycles:>7}{numbers}")
     _print(f"run: {demo_arguments(made.best)}")
     found = []
-    if opts.experiments == 1:  # a map is not divided over groups of experiments
+    if opts.experiments == 1 and isinstance(problem, str):  # a map is not divided over groups of experiments
         found = on_first_rank(MPI.COMM_WORLD, "", partial(_plan_map, opts.problem, opts.ranks, given))
     for line in found:
         _print(line)
     for text in made.assumptions:
         _print(f"assumed: {text}")
+
+
+def _measured(text: str) -> Any:
+    """The costs of a problem ``MODULE:NAME``, measured on the ranks of this run."""
+    from pint_fem.scaling.calibrate import Case
+    from pint_fem.scaling.grid_choice import measured_costs
+
+    found = _named_object(text, "problem")
+    if isinstance(found, Case):
+        case = found
+        found = lambda st: case.pose(st, case.nsteps, {"time_solver": "serial"})
+    elif not callable(found):
+        raise InputError(f"{text}: give a Case or a function of a SpaceTime, not {type(found).__name__}")
+    made = measured_costs(found, solver_parameters={"time_solver": "auto"})
+    return made.with_changes(problem=text)
 
 
 def _plan_map(problem: Path, ranks: int, given: dict) -> list[str]:
@@ -249,7 +268,7 @@ def _calibrate(arguments: Sequence[str]) -> None:
 
 
 def _validate(arguments: Sequence[str]) -> None:
-    """Time solves on all ranks in time, and compare the times with the predicted ones."""
+    """Time solves on all ranks, and compare the times with the predicted ones."""
     from pint_fem.scaling.costs import load
     from pint_fem.scaling.validation import compare
 
@@ -260,6 +279,7 @@ def _validate(arguments: Sequence[str]) -> None:
     add("--steps", type=positive(int), default=256, help="time steps (256)")
     add("--rtol", type=positive(float), default=1e-6, help="relative tolerance of the solves (1e-6)")
     add("--options", default="{}", help='of the solver, as JSON such as {"levels": 2, "coarsening": 16}')
+    add("--grid", metavar="SxT", help="ranks in space x in time; auto: by steps that are measured (all in time)")
     add("--repeats", type=positive(int), default=5, help="of each measurement; medians are used (5)")
     add("--out", type=Path, help="file")
     opts = parser.read(arguments)
@@ -272,12 +292,20 @@ def _validate(arguments: Sequence[str]) -> None:
     calibration = load(opts.calibration or (own if own.is_file() else case.name))
     if opts.out:
         _require_output(opts.out)
-    rows = compare(calibration, case.pose, options or case.solver, opts.steps, rtol=opts.rtol, repeats=opts.repeats)
-    for row in rows:
+    grid = opts.grid
+    if grid == "auto":
+        from pint_fem.scaling.grid_choice import choose_grid
+
+        measure = lambda st: case.pose(st, opts.steps, {"time_solver": "serial"})
+        made = choose_grid(measure, solver_parameters={"mgrit": dict(options or case.solver)})
+        grid = made.grid
+        _print(made.why)
+    given = dict(rtol=opts.rtol, grid=grid, repeats=opts.repeats)
+    for row in (rows := compare(calibration, case.pose, options or case.solver, opts.steps, **given)):
         _print(
-            f"{case.name}, {row.steps} steps, {row.ranks} ranks, {row.task}: measured {row.measured:.4g} s, predicted "
-            f"{row.predicted:.4g} s, error {row.error:+.1%} (kernels, timed in turn with it, took {row.slower:.2f} "
-            "times as long as calibrated)"
+            f"{case.name}, {row.steps} steps, {row.space}x{row.ranks} ranks, {row.task}: measured {row.measured:.4g} "
+            f"s, predicted {row.predicted:.4g} s, error {row.error:+.1%} (kernels, timed in turn with it, took "
+            f"{row.slower:.2f} times as long as calibrated)"
         )
     if opts.out:
         _write(opts.out, json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=1))

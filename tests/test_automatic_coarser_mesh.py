@@ -7,6 +7,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.sweeps import automatic
+from pint_fem.sweeps.predictions import coarser_mesh, ratios
 from tests.heat import heat
 from tests.logs import logged
 from tests.test_paradiag import functional
@@ -17,10 +18,10 @@ CHEAP = {1: 1.0, 8: 1.0, 16: 1.0, 32: 1.0}
 
 def chosen(monkeypatch, st, *, seconds=CHEAP, cost=1 / 16, refinements=1, **given):
     """The functional that is chosen for times of a step, the coarser mesh's over the fine one's; and the lines."""
-    steps = automatic._coarser_steps
+    steps = coarser_mesh._coarser_steps
     monkeypatch.setattr(automatic, "measured_seconds", lambda *given: seconds)
-    monkeypatch.setattr(automatic, "_coarser_steps", lambda *given: (cost, steps(*given)[1]))
-    monkeypatch.setattr(automatic, "PARADIAG", 1e3)
+    monkeypatch.setattr(coarser_mesh, "_coarser_steps", lambda *given: (cost, steps(*given)[1]))
+    monkeypatch.setattr(ratios, "PARADIAG", 1e3)
     mesh = UnitSquareMesh(4, 4, comm=st.space_comm, distribution_parameters={"partitioner_type": "simple"})
     ev = heat(MeshHierarchy(mesh, refinements)[-1], **({"steps": 256, "dt": 0.02} | given))
     with logged() as lines:
@@ -45,7 +46,7 @@ def test_a_coarser_mesh_is_taken_where_coarse_solves_dominate(monkeypatch):
     assert rf.problem.value(z) == pytest.approx(serial.problem.value(z), rel=1e-8)
     difference = rf.problem.derivative(z) - serial.problem.derivative(z)
     assert np.linalg.norm(difference) < 1e-7 * np.linalg.norm(serial.problem.derivative(z))
-    assert all(1 <= result.cycles <= automatic.MOST_CYCLES for _, result in rf.problem.sweeps.results)
+    assert all(1 <= result.cycles <= ratios.MOST_CYCLES for _, result in rf.problem.sweeps.results)
 
 
 DECLINED = {
@@ -71,6 +72,6 @@ def test_without_a_hierarchy_nothing_is_said(monkeypatch):
 
 def test_times_are_measured_on_both_meshes():
     mesh = MeshHierarchy(UnitSquareMesh(6, 6, comm=MPI.COMM_SELF), 2)[-1]
-    cost, (fine, coarse, _) = automatic._coarser_steps(heat(mesh), pf.SpaceTime("1x1", comm=MPI.COMM_SELF))
+    cost, (fine, coarse, _) = coarser_mesh._coarser_steps(heat(mesh), pf.SpaceTime("1x1", comm=MPI.COMM_SELF))
     assert (fine.V.dim(), coarse.V.dim()) == (625, 169)
     assert 0.1 < cost < 0.9

@@ -138,6 +138,8 @@ BAD = {
     "no case given": (["scaling", "calibrate"], ["--case"]),
     "no case": (["scaling", "calibrate", "--case", "my_problem:number"], ["number", "int", "Case"]),
     "part": (["scaling", "calibrate", "--case", "my_problem:number", "--only", "colour"], ["colour", "cycles"]),
+    "plan of no problem": (["plan", "my_problem:number"], ["number", "int", "Case"]),
+    "grid of other size": (["scaling", "validate", "--case", "my_problem:number", "--grd", "2x2"], ["--grd", "--grid"]),
     "json": (["scaling", "validate", "--case", "my_problem:number", "--options", "{"], ["--options", "JSON"]),
 }
 

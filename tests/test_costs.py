@@ -8,6 +8,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 from pint_fem.sweeps import automatic
+from pint_fem.sweeps.predictions import ratios
 from pint_fem.theory.costs import TwoLevel, block_seconds, fastest, mgrit_seconds, rounded, sequential_seconds
 from pint_fem.theory.model_residuals import ModelResiduals, relative_residuals
 from pint_fem.theory.spectrum import spectrum
@@ -113,7 +114,7 @@ def test_predicted_cycles_are_those_of_real_sweeps(m, coarse_steps, relax):
 def choose(monkeypatch, st, seconds, **options):
     """The functional of a heat equation that is chosen for times of a step, and the lines about it."""
     monkeypatch.setattr(automatic, "measured_seconds", lambda *given: seconds)
-    monkeypatch.setattr(automatic, "PARADIAG", 1e3)
+    monkeypatch.setattr(ratios, "PARADIAG", 1e3)
     with logged() as lines:
         rf = functional(posed_heat(st, n=4, steps=256), st, time_solver="auto", **options)
     return rf, lines
@@ -152,8 +153,8 @@ def test_given_options_are_kept(monkeypatch):
 def test_cheap_iterations_of_paradiag_are_chosen(monkeypatch):
     st = pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
     monkeypatch.setattr(automatic, "measured_seconds", lambda *given: {1: 1.0, 8: 8.0})
-    monkeypatch.setattr(automatic, "PARADIAG", 0.1)
-    monkeypatch.setattr(automatic, "LEAST", 0.1)
+    monkeypatch.setattr(ratios, "PARADIAG", 0.1)
+    monkeypatch.setattr(ratios, "LEAST", 0.1)
     with logged() as lines:
         rf = functional(posed_heat(st, n=4, steps=64), st, time_solver="auto")
     assert rf.problem.sweeps.solvers.kind == "paradiag"
@@ -173,7 +174,7 @@ def test_looser_solves_take_less():
     st = pf.SpaceTime("1x1", comm=MPI.COMM_SELF)
     ev = posed_heat(st, n=8, steps=128).private()
     model = ModelResiduals(spectrum(ev), ev)
-    loose, tight = (automatic.mgrit_ratios(SECONDS, 128, 1, model, [rtol]) for rtol in (1e-2, 1e-9))
+    loose, tight = (ratios.mgrit_ratios(SECONDS, 128, 1, model, [rtol]) for rtol in (1e-2, 1e-9))
     assert all(loose[o] < tight[o] for o in tight)
     assert min(loose.values()) < 0.7 * min(tight.values())
 
@@ -206,11 +207,11 @@ def test_measured_times(monkeypatch):
 
 def test_candidates():
     """Equal intervals, at least four and as many as ranks."""
-    assert {o.m for o in automatic.candidates(64, 1)} == {4, 8, 16}
-    assert {o.m for o in automatic.candidates(64, 8)} == {4, 8}
-    assert {o.m for o in automatic.candidates(24, 1)} == {4}
-    assert not automatic.candidates(30, 1)
-    assert all(o.coarse_steps < o.m for o in automatic.candidates(256, 1))
+    assert {o.m for o in ratios.candidates(64, 1)} == {4, 8, 16}
+    assert {o.m for o in ratios.candidates(64, 8)} == {4, 8}
+    assert {o.m for o in ratios.candidates(24, 1)} == {4}
+    assert not ratios.candidates(30, 1)
+    assert all(o.coarse_steps < o.m for o in ratios.candidates(256, 1))
 
 
 @pytest.mark.parametrize(
@@ -218,10 +219,10 @@ def test_candidates():
 )
 def test_iterations_of_paradiag(monkeypatch, rate, ranks, expected):
     """One to 1e-2, two to 1e-8, each of which takes eight times as long as steps in blocks of eight."""
-    monkeypatch.setattr(automatic, "PARADIAG", 8.0)
-    assert automatic.paradiag_ratio({1: 2.0, 8: 4.0}, rate, ranks, [1e-2, 1e-8]) == pytest.approx(expected)
+    monkeypatch.setattr(ratios, "PARADIAG", 8.0)
+    assert ratios.paradiag_ratio({1: 2.0, 8: 4.0}, rate, ranks, [1e-2, 1e-8]) == pytest.approx(expected)
 
 
 def test_iterations_of_paradiag_take_at_least_a_multiple_of_a_sweep():
     """However cheap blocks are, transforms remain."""
-    assert automatic.paradiag_ratio({1: 1.0, 32: 0.0}, 1e-4, 2, [1e-2]) == automatic.LEAST / 2
+    assert ratios.paradiag_ratio({1: 1.0, 32: 0.0}, 1e-4, 2, [1e-2]) == ratios.LEAST / 2

@@ -312,6 +312,11 @@ class Factor:
         return out
 
     @property
+    def in_space(self) -> tuple[str, dict[str, float]] | None:
+        """The kind of the solver on blocks and its sizes, for the performance model; ``None`` for other solvers."""
+        return None if self.blocks is None else self.blocks.in_space
+
+    @property
     def description(self) -> str:
         """The solver in a few words."""
         if self.triangular is not None:

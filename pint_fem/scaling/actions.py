@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
+from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from pint_fem.adjoint.reduced_functional import TimeParallelReducedFunctional
+from pint_fem.kernels.factor import Factor
 from pint_fem.kernels.lanes.structures import WIDTHS
 from pint_fem.paradiag.circulant import shifts
 from pint_fem.paradiag.distribution import TimeTransposes
@@ -28,8 +30,8 @@ from pint_fem.spacetime import SpaceTime
 from pint_fem.sweeps.frequencies.systems import frequency_systems
 
 __all__ = [
-    "PARADIAG", "SMALL", "Action", "extra_actions", "kernel_actions", "paradiag_actions", "solve_actions",
-    "solver_parameters",
+    "PARADIAG", "SMALL", "Action", "extra_actions", "factor_entries", "kernel_actions", "paradiag_actions",
+    "solve_actions", "solver_in_space", "solver_parameters",
 ]  # fmt: skip
 
 PARADIAG = {"time_solver": "paradiag", "alpha": 1e-4}
@@ -94,6 +96,46 @@ def kernel_actions(rf: TimeParallelReducedFunctional, sizes: Sequence[int] = SIZ
             made = lambda n, *given: _sweep_action(*given) if n == 1 else _lanes_action(*given, n)
             out |= {(kind, index, n): made(n, level, U, G) for n in sizes}
     return out
+
+
+def factor_entries(factor: Factor) -> float:
+    """Entries of a factor on this rank below and on its diagonal, about where PETSc has it; 0 where there is none."""
+    if factor.triangular is not None:
+        return float(factor.triangular.left.entries)
+    return factor.nbytes.get("factors", 0) / (12.0 if factor.symmetric else 24.0)
+
+
+def solver_in_space(factor: Factor) -> tuple[str, dict[str, float]]:
+    """The kind of a stage's solver on several space ranks, of :data:`pint_fem.scaling.space.SOLVERS`, after a solve,
+    and its sizes: ``"iterations"``, ``"levels"`` of multigrid, ``"interface"`` unknowns of a parallel direct solver
+    (collective over space).
+
+    A factor that solves by other means than PETSc's describes itself by an attribute ``in_space`` of this form.
+    """
+    described = getattr(factor, "in_space", None)
+    if described is not None:
+        kind, sizes = described
+        return kind, dict(sizes)
+    if factor.triangular is not None:
+        return "replicated", {}
+    pc = factor.ksp.getPC()
+    if pc.getType() == "redundant":
+        return "replicated", {}
+    if factor.ksp.getType() == "preonly":
+        return "substructuring", {"interface": float(_coupled_unknowns(factor.matrix))}
+    sizes = {"iterations": float(max(factor.ksp.getIterationNumber(), 1))}
+    if pc.getType() in ("mg", "gamg", "ml", "hypre"):
+        levels = {"levels": float(pc.getMGLevels())} if pc.getType() in ("mg", "gamg") else {}
+        return "multigrid", sizes | levels
+    return "subdomains", sizes
+
+
+def _coupled_unknowns(matrix: PETSc.Mat) -> int:
+    """Unknowns that are coupled to one of a rank before theirs, on all ranks: an interface (collective)."""
+    first, last = matrix.getOwnershipRange()
+    ptr, columns, _ = matrix.getValuesCSR()
+    rows = np.repeat(np.arange(last - first), np.diff(ptr))
+    return int(matrix.comm.tompi4py().allreduce(len(np.unique(rows[columns < first]))))
 
 
 def extra_actions(rf: TimeParallelReducedFunctional) -> dict[str, Action]:

@@ -26,9 +26,11 @@ from pint_fem.scaling.actions import (
     SMALL,
     Action,
     extra_actions,
+    factor_entries,
     kernel_actions,
     paradiag_actions,
     solve_actions,
+    solver_in_space,
     solver_parameters,
 )
 from pint_fem.scaling.costs import Calibration, Kernel
@@ -74,6 +76,8 @@ class Case:
     with_sensors : callable or None
         As ``pose``, with sensors in the place of a misfit that observes the state everywhere, for the costs of the map
         from controls to readings; default: ``pose``.
+    small
+        Steps of the solves that kernels and overhead are timed with.
     """
 
     name: str
@@ -84,6 +88,7 @@ class Case:
     solver: Mapping = field(default_factory=lambda: {"levels": 3, "coarsening": [8, 4], "relax": "FCF"})
     smaller: Callable | None = None
     with_sensors: Callable | None = None
+    small: int = SMALL
 
 
 def machine() -> str:
@@ -144,7 +149,7 @@ def calibrate(
     *,
     comm: MPI.Comm = MPI.COMM_WORLD,
     repeats: int = 15,
-    small: int = SMALL,
+    small: int | None = None,
     progress: Progress = lambda text: None,
 ) -> Calibration | None:
     """Measure the costs of a problem (collective).
@@ -154,14 +159,15 @@ def calibrate(
     case, comm
         The problem, and the processes that measure.
     repeats, small, progress
-        Repeats of each measurement, of which the medians are used; steps of the solves that are timed; called with a
-        text before each part.
+        Repeats of each measurement, of which the medians are used; steps of the solves that are timed (default: the
+        case's); called with a text before each part.
 
     Returns
     -------
     Calibration or None
         ``None`` on all ranks but the first; without cycles, see :func:`count_cycles`.
     """
+    small = small or case.small
     rf = case.pose(SpaceTime("1x1", comm=MPI.COMM_SELF), small, {"mgrit": MGRIT})
     made, watch = None, Stopwatch(repeats)
     if comm.rank == 0:
@@ -177,9 +183,12 @@ def calibrate(
     found = _space_kernels(case.pose, comm, watch, small)
     if comm.rank:
         return None
-    kernels, iterations = found
-    notes = [*made.notes[:-1], made.notes[-1] + "; space ranks: kernels on 2"]
-    return made.with_changes(kernels={**made.kernels, 2: kernels}, space_iterations=float(iterations), notes=notes)
+    kernels, kind, sizes = found
+    notes = [*made.notes[:-1], made.notes[-1] + f"; space ranks: kernels on 2, {kind}"]
+    return made.with_changes(
+        kernels={**made.kernels, 2: kernels}, space_solver=kind, space_iterations=float(sizes.pop("iterations", 0)),
+        space={**made.space, **sizes}, notes=notes,
+    )  # fmt: skip
 
 
 def _measure_alone(
@@ -198,6 +207,8 @@ def _measure_alone(
         extras=extras,
         control_bytes=8.0 * rf.layout.size,
         stages=sweeps.propagators[0].dirk.stages,
+        dimension=rf.evolution.V.mesh().unique().topological_dimension,
+        space={"factor entries": factor_entries(next(iter(sweeps.propagators[0].factors.values())))},
         sensor_bytes=8.0 * sum(len(getattr(m, "local", ())) for m in rf.problem.misfits),
     )  # fmt: skip
     made = made.with_changes(overhead=_overhead(solves, made, MGRIT, small))
@@ -273,8 +284,8 @@ def _measure_network(comm: MPI.Comm) -> Network:
     return Network(latency, large / max(long - latency, 1e-9), "measured: ping-pong on the calibrating machine")
 
 
-def _space_kernels(pose: Callable, comm: MPI.Comm, watch: Stopwatch, small: int) -> tuple[dict, int] | None:
-    """Kernels on two space ranks, and the Krylov iterations of a solve, 0 for a direct one; ``None`` on all ranks but
+def _space_kernels(pose: Callable, comm: MPI.Comm, watch: Stopwatch, small: int) -> tuple[dict, str, dict] | None:
+    """Kernels on two space ranks, and the solver with its sizes of :func:`solver_in_space`; ``None`` on all ranks but
     these two (collective).
     """
     pair = comm.Split(0 if comm.rank < 2 else 1, comm.rank)
@@ -283,10 +294,7 @@ def _space_kernels(pose: Callable, comm: MPI.Comm, watch: Stopwatch, small: int)
     rf = pose(SpaceTime((2, 1), comm=pair), small, {"mgrit": MGRIT})
     sweeps = rf.problem.sweeps
     seconds = watch(kernel_actions(rf), pair)
-    factor = next(iter(sweeps.propagators[0].factors.values()))
-    is_direct = factor.ksp.getPC().getType() == "redundant"
-    iterations = 0 if is_direct else max(factor.ksp.getIterationNumber(), 1)
-    return kernel_tables(seconds), iterations
+    return kernel_tables(seconds), *solver_in_space(next(iter(sweeps.propagators[0].factors.values())))
 
 
 def count_impulses(pose: Callable, steps: int, cycles: Sequence[Mapping]) -> list[dict]:

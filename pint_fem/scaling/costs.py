@@ -105,6 +105,11 @@ class Calibration:
     space_iterations, stages, overlap : float, int, int
         Krylov iterations per stage on two space ranks, 0 for a direct solve; stages of a step; layers of cells that the
         subdomain of a space rank shares with its neighbours.
+    space_solver, dimension, space : str, int, mapping
+        The solver in space that was measured on several ranks, one of those of :mod:`pint_fem.scaling.space`; empty: by
+        ``space_iterations``. Dimension of the mesh. Sizes of the solver, where they were found: ``"factor entries"`` of
+        a stage's factor on one rank, ``"interface"`` unknowns on the largest measured number of space ranks,
+        ``"levels"`` of multigrid.
     paradiag : mapping
         Costs of ParaDiag on one space rank, empty where they were not measured: seconds of a frequency's ``"solve"``
         and ``"solve transposed"``, of a ``"factor"`` (per frequency and stage) and its ``"factor bytes"``, of an
@@ -135,6 +140,9 @@ class Calibration:
     sensor_bytes: float = 0.0
     space_iterations: float = 0.0
     stages: int = 1
+    space_solver: str = ""
+    dimension: int = 2
+    space: Mapping[str, float] = field(default_factory=dict)
     paradiag: Mapping[str, float] = field(default_factory=dict)
     overlap: int = 3
     linear_inverse: Mapping[str, float] = field(default_factory=dict)

@@ -8,11 +8,12 @@ the calibrated ones: the comparison, by the clock, is that of the model and not 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.errors import InputError
 from pint_fem.scaling.actions import SMALL, Action, kernel_actions, paradiag_actions, solve_actions, solver_parameters
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.model import Model, Solve
@@ -37,6 +38,8 @@ class Comparison:
         Seconds by the clock, median of the repeats; predicted seconds, multiplied by ``slower``.
     slower : float
         Median ratio of the kernels' times, on all ranks at once, to the calibrated ones.
+    space : int
+        Number of space ranks.
     """
 
     task: str
@@ -46,6 +49,7 @@ class Comparison:
     measured: float
     slower: float
     predicted: float
+    space: int = 1
 
     @property
     def error(self) -> float:
@@ -83,10 +87,11 @@ def compare(
     steps: int,
     *,
     rtol: float = 1e-6,
+    grid: tuple[int, int] | str | None = None,
     comm: MPI.Comm = MPI.COMM_WORLD,
     repeats: int = 5,
 ) -> list[Comparison]:
-    """Time a cold state solve, an adjoint solve and a gradient on all ranks in time, and predict them (collective).
+    """Time a cold state solve, an adjoint solve and a gradient on all ranks, and predict them (collective).
 
     Parameters
     ----------
@@ -94,10 +99,21 @@ def compare(
         Costs, and the problem as for :class:`~pint_fem.scaling.calibrate.Case`.
     options, steps, rtol
         Options of MGRIT or ParaDiag as the model's, time steps, and relative tolerance of the solves.
+    grid
+        Numbers of ranks in space and in time; default: all in time.
     comm, repeats
-        Processes, all in time; repeats of each measurement, of which the medians are used.
+        Processes; repeats of each measurement, of which the medians are used.
+
+    Raises
+    ------
+    InputError
+        If the grid does not fit the processes, or the calibration has not measured several ranks in space.
     """
-    rf = pose(SpaceTime((1, comm.size), comm=comm), steps, solver_parameters(options, rtol=rtol))
+    spacetime = SpaceTime(grid, comm=comm)
+    space, time, _ = spacetime.shape
+    if not calibration.has_space_ranks(space):
+        raise InputError(f"{space} ranks in space: calibration {calibration.problem} has measured one only")
+    rf = pose(spacetime, steps, solver_parameters(options, rtol=rtol))
     problem, sweeps = rf.problem, rf.problem.sweeps
     controls = rf.array([c.control for c in rf.controls]) + 1.0
     g, cycles, scale = np.zeros_like(problem.L), [], [1.0]
@@ -111,8 +127,8 @@ def compare(
         scale[0] *= 1.001
         problem.derivative(scale[0] * controls)
 
-    model = Model(calibration, options, (1, comm.size), nsteps=steps)
-    kernels = _kernels(model, pose)
+    model = Model(calibration, options, (space, time), nsteps=steps)
+    kernels = _kernels(model, pose, spacetime)
     actions = {key: action for key, (action, _) in (solves | {"gradient": (gradient, 1)} | kernels).items()}
     found = rounds(actions, repeats, comm=comm, before={"gradient": problem.invalidate})
     forward, backward = (Solve(kind, "nested", n) for kind, n in zip(solves, cycles, strict=True))
@@ -122,17 +138,17 @@ def compare(
         spent = {key: _kernel_seconds(model, key, n, prediction.counts) for key, (_, n) in kernels.items()}
         spent = {key: pair for key, pair in spent.items() if pair[1]}
         seconds = prediction.task_seconds[1]
-        out.append(Comparison.of(name, comm.size, steps, tuple(cycles), found, spent, seconds))
+        out.append(replace(Comparison.of(name, time, steps, tuple(cycles), found, spent, seconds), space=space))
     return out
 
 
-def _kernels(model: Model, pose: Callable) -> dict[object, Action]:
+def _kernels(model: Model, pose: Callable, spacetime: SpaceTime) -> dict[object, Action]:
     """Kernels in which a solver's sweeps spend their time: those of the finest level, with one state and with many."""
     count = min(SMALL, model.nsteps)
     if model.solver == "paradiag":
         actions, _ = paradiag_actions(pose, model.calibration.nsteps, count)
         return {key: do for key, do in actions.items() if key in ("solve", "solve transposed")}
-    rf = pose(SpaceTime("1x1", comm=MPI.COMM_SELF), count, {"mgrit": {"levels": 1}})
+    rf = pose(SpaceTime((spacetime.space_size, 1), spacetime.space_comm), count, {"mgrit": {"levels": 1}})
     return {key: do for key, do in kernel_actions(rf, (1, MANY)).items() if key[1] == 0}
 
 
@@ -145,6 +161,6 @@ def _kernel_seconds(model: Model, key, times: float, counts: Mapping) -> tuple[f
         spent = seconds if ("adjoint" if "transposed" in key else "step") in kinds else 0.0
         return model.slowdown * seconds * times, spent
     kind, _, size = key
-    seconds = c.kernels[1][kind][0](size)
+    seconds = model.kernels[kind][0](size)
     stepped = sum(n for (what, _), n in counts.items() if what == (f"{kind} sweep" if size == 1 else kind))
     return model.slowdown * seconds * times, stepped * seconds / size

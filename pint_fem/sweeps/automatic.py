@@ -18,52 +18,28 @@ so that two runs differ only where a choice hardly matters.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from firedrake.mg.utils import get_level
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.collective import any_rank, collectively
-from pint_fem.errors import InputError, SolverFailure
 from pint_fem.evolution.evolution import Evolution
-from pint_fem.evolution.tableaux import Repeated
 from pint_fem.mgrit.options import MGRITOptions
-from pint_fem.mgrit.solver import MGRIT
 from pint_fem.paradiag.options import ParaDiagOptions
 from pint_fem.propagators import make_propagator
 from pint_fem.propagators.base import FEPropagator
-from pint_fem.propagators.mesh_transfers import mesh_transfer
-from pint_fem.propagators.spatial import coarse_evolution
 from pint_fem.spacetime import SpaceTime
-from pint_fem.sweeps.steps import LinearStep
-from pint_fem.theory.costs import CLEARLY, TwoLevel, fastest, mgrit_seconds, rounded, sequential_seconds
-from pint_fem.theory.estimates import paradiag_contraction
+from pint_fem.sweeps.predictions.coarser_mesh import OnCoarserMesh, on_coarser_mesh
+from pint_fem.sweeps.predictions.ratios import candidates, mgrit_ratios, paradiag_rate, paradiag_ratio
+from pint_fem.theory.costs import CLEARLY, TwoLevel, fastest, rounded
 from pint_fem.theory.model_residuals import ModelResiduals
 from pint_fem.theory.spectrum import spectrum
 
-__all__ = [
-    "Automatic",
-    "MadePropagator",
-    "OnCoarserMesh",
-    "automatic",
-    "candidates",
-    "measured_seconds",
-    "on_coarser_mesh",
-    "share_measured_seconds",
-]
+__all__ = ["Automatic", "MadePropagator", "automatic", "decide", "measured_seconds", "share_measured_seconds"]
 
 CANONICAL = (TwoLevel(16, 2, "F"), TwoLevel(32, 2, "F"))
 """Options that are preferred where no other ones are clearly faster."""
-PARADIAG, LEAST = 10.0, 1.6
-"""Time of an iteration of ParaDiag for each step over that of a step in the best block, about, and the least one over
-that of a single step; ranks share it.
-"""
-SINGLE = 6e-8
-"""Round-off of single precision, which ``alpha`` enlarges."""
-MOST_CYCLES, INTERVALS = 12, 32
-"""Cycles of a candidate, and intervals in which those with a coarser mesh are counted, at most."""
 _SECONDS: dict[tuple, dict[int, float]] = {}
 
 
@@ -89,25 +65,6 @@ class Automatic:
     meshes: int = 0
 
 
-@dataclass(frozen=True)
-class OnCoarserMesh:
-    """MGRIT whose coarse level is on the next coarser mesh.
-
-    Attributes
-    ----------
-    options : TwoLevel or None
-        Its best options; ``None`` where there is no coarser mesh, or none that pays.
-    ratio : float
-        Its predicted time over that of sequential stepping.
-    why : str
-        Why it is not chosen, for the line on the choice.
-    """
-
-    options: TwoLevel | None = None
-    ratio: float = math.inf
-    why: str = ""
-
-
 class MadePropagator:
     """``propagator(evolution, stride=, tableau=)`` that returns a propagator that has been made before, once, and
     otherwise makes one.
@@ -128,18 +85,6 @@ class MadePropagator:
             self.made = None
             return made
         return make_propagator(evolution, stride=stride, tableau=tableau)
-
-
-def candidates(steps: int, ranks: int) -> list[TwoLevel]:
-    """Options of MGRIT whose intervals are equal and at least as many as ranks and four.
-
-    Parameters
-    ----------
-    steps, ranks
-        Numbers of time steps and of ranks in time.
-    """
-    factors = [m for m in (4, 8, 16, 32, 64, 128) if steps % m == 0 and steps // m >= max(4, ranks)]
-    return [TwoLevel(m, s, relax) for m in factors for s in (1, 2, 3, 4) for relax in ("F", "FCF") if s < m]
 
 
 def measured_seconds(evolution: Evolution, spacetime: SpaceTime, propagator: MadePropagator) -> dict[int, float] | None:
@@ -212,138 +157,28 @@ def automatic(
     tolerances = [rtol, math.sqrt(rtol)] if typical_rtol is None else [max(typical_rtol, rtol)]
     ranks, residuals = spacetime.time_size, ModelResiduals(found, evolution, coarse_tableau)
     times = mgrit_ratios(seconds, evolution.nsteps, ranks, residuals, tolerances)
-    rate = paradiag_contraction(evolution, paradiag.alpha)
-    rate = None if rate is None else max(rate, paradiag.alpha, SINGLE / paradiag.alpha)
+    rate = paradiag_rate(evolution, paradiag.alpha)
     others = paradiag_ratio(seconds, rate, ranks, tolerances)
     best = spacetime.comm.bcast(min([1.0, others, *times.values()]))
     coarser = on_coarser_mesh(evolution, spacetime, seconds, residuals, tolerances, best)
-    return spacetime.comm.bcast(_decide(times, others, mgrit, coarser))
+    return spacetime.comm.bcast(decide(times, others, mgrit, coarser))
 
 
-def on_coarser_mesh(
-    evolution: Evolution,
-    spacetime: SpaceTime,
-    seconds: Mapping[int, float],
-    residuals: ModelResiduals,
-    tolerances: Sequence[float],
-    best: float,
-) -> OnCoarserMesh:
-    """The predicted time of MGRIT with its coarse level on the next coarser mesh (collective).
+def decide(
+    times: Mapping[TwoLevel, float], paradiag: float, mgrit: MGRITOptions, coarser: OnCoarserMesh | None = None
+) -> Automatic:
+    """The choice between MGRIT, ParaDiag and sequential stepping.
 
     Parameters
     ----------
-    evolution, spacetime
-        The problem and the process grid.
-    seconds
-        Times of a step on the fine mesh by the number of states.
-    residuals, tolerances
-        Predicted residuals of MGRIT on one mesh, and the tolerances of solves.
-    best
-        Least ratio of all other choices, the same on all ranks.
+    times, paradiag
+        Predicted times of MGRIT by its options, and of ParaDiag, over that of sequential stepping.
+    mgrit
+        Options for stopping.
+    coarser
+        MGRIT with its coarse level on a coarser mesh; default: there is none.
     """
-    hierarchy, level = get_level(evolution.V.mesh().unique())
-    if hierarchy is None or level < 1:
-        return OnCoarserMesh()
-    steps, ranks = evolution.nsteps, spacetime.time_size
-    damped = [options for options in candidates(steps, ranks) if options.c_relaxations]
-    few = {o: residuals.cycles(o.m, o.coarse_steps, o.relax, tolerances, MOST_CYCLES) for o in damped}
-    few = spacetime.comm.bcast({o: cycles for o, cycles in few.items() if all(map(math.isfinite, cycles))})
-
-    def least(cost: float) -> tuple[float, TwoLevel | None]:
-        ratios = [(_ratio(seconds, steps, ranks, o, k, cost), o.m, o.coarse_steps, o) for o, k in few.items()]
-        ratio, *_, options = min(ratios, default=(math.inf, None))
-        return ratio, options
-
-    if not (bound := least(0.0)[0]) < CLEARLY * best:
-        return OnCoarserMesh(why=f"a coarser mesh could not bring it below {bound:.2g}")
-    try:
-        cost, made = collectively(spacetime.comm, "coarser mesh", _coarser_steps, evolution, spacetime)
-        ratio, options = least(cost)
-        if not ratio < CLEARLY * best:
-            return OnCoarserMesh(why=f"with a coarser mesh {ratio:.2g} at best")
-        counted = _counted_cycles(made, options, spacetime, residuals.coarse_tableau, tolerances)
-    except (InputError, SolverFailure) as error:
-        return OnCoarserMesh(why=f"no coarser mesh, as {error}")
-    if not all(map(math.isfinite, counted)):
-        return OnCoarserMesh(why=f"on a coarser mesh more than {MOST_CYCLES} cycles")
-    ratio = _ratio(seconds, steps, ranks, options, counted, cost)
-    if not ratio < CLEARLY * best:
-        return OnCoarserMesh(why=f"on a coarser mesh {ratio:.2g}, {counted[0]:.0f} cycles to {tolerances[0]:g}")
-    return OnCoarserMesh(options, ratio)
-
-
-def _ratio(
-    seconds: Mapping[int, float], steps: int, ranks: int, options: TwoLevel, cycles: Sequence[float], cost: float
-) -> float:
-    """Mean time of solves in given numbers of cycles over that of sequential stepping."""
-    each = [mgrit_seconds(seconds, steps, ranks, options, int(k), coarse_cost=cost) for k in cycles]
-    return sum(each) / len(each) / sequential_seconds(seconds, steps)
-
-
-def _coarser_steps(evolution: Evolution, spacetime: SpaceTime) -> tuple[float, tuple]:
-    """Time of a step on the next coarser mesh over that on the evolution's; both evolutions and the transfer between
-    them.
-    """
-    coarse = coarse_evolution(evolution)
-    transfer = mesh_transfer(evolution.V, coarse.V, evolution.bcs, coarse.bcs)
-    times = [make_propagator(ev).lane_seconds() for ev in (evolution, coarse)]
-    times = [None if t is None else t[1] for t in times]
-    fine, cheap = spacetime.comm.bcast(times)
-    if fine is None or cheap is None:
-        raise InputError("times of a step on it are not known")
-    return 2 ** (round(4 * math.log2(cheap / fine)) / 4), (evolution, coarse, transfer)
-
-
-def _counted_cycles(
-    made: tuple, options: TwoLevel, spacetime: SpaceTime, tableau: ButcherTableau | None, tolerances: Sequence[float]
-) -> list[float]:
-    """Cycles that an adjoint sweep of few intervals takes to each tolerance; infinite for too many."""
-    evolution, coarse, transfer = made
-    own = tableau or coarse.tableau
-    own = Repeated(own, options.coarse_steps) if options.coarse_steps > 1 else own
-    propagators = [make_propagator(evolution), make_propagator(coarse, stride=options.m, tableau=own)]
-    steps = options.m * min(evolution.nsteps // options.m, INTERVALS)
-    given = dict(levels=2, coarsening=options.m, relax=options.relax, rtol=min(tolerances), max_it=MOST_CYCLES)
-    solver = MGRIT(
-        [LinearStep(propagator, transposed=True) for propagator in propagators], steps,
-        options=given | {"check": "cycle", "start": "nested"}, transfers=[transfer.transposed], linear=True,
-        point_norms=spacetime.point_norms, everyone=spacetime.comm,
-    )  # fmt: skip
-    U = np.zeros((steps + 1, evolution.state_size))
-    U[0] = np.random.default_rng(spacetime.space_comm.rank).standard_normal(evolution.state_size)
-    result = solver.solve(U)
-    relative = np.array(result.residuals) / result.scale
-    below = [np.flatnonzero(relative <= tolerance) for tolerance in tolerances]
-    return spacetime.comm.bcast([float(found[0]) if len(found) else math.inf for found in below])
-
-
-def mgrit_ratios(
-    seconds: Mapping[int, float], steps: int, ranks: int, residuals: ModelResiduals, tolerances: Sequence[float]
-) -> dict[TwoLevel, float]:
-    """Predicted times of MGRIT over that of sequential stepping, means of solves to some tolerances; without candidates
-    that take too many cycles.
-    """
-    ratios = {}
-    for options in candidates(steps, ranks):
-        cycles = residuals.cycles(options.m, options.coarse_steps, options.relax, tolerances, MOST_CYCLES)
-        if all(map(math.isfinite, cycles)):
-            ratios[options] = _ratio(seconds, steps, ranks, options, cycles, 1.0)
-    return ratios
-
-
-def paradiag_ratio(seconds: Mapping[int, float], rate: float | None, ranks: int, tolerances: Sequence[float]) -> float:
-    """Predicted time of ParaDiag over that of sequential stepping, the mean of solves to some tolerances, where an
-    iteration contracts by ``rate``; infinite where it hardly does.
-    """
-    if rate is None or not rate < 0.5:
-        return math.inf
-    iterations = [max(1, math.ceil(math.log(tol) / math.log(rate) * (1 - 1e-12))) for tol in tolerances]
-    block = min(t / w for w, t in seconds.items()) / seconds[1]
-    return max(PARADIAG * block, LEAST) / ranks * sum(iterations) / len(iterations)
-
-
-def _decide(times: Mapping[TwoLevel, float], paradiag: float, mgrit: MGRITOptions, coarser: OnCoarserMesh) -> Automatic:
-    """The choice between MGRIT, ParaDiag and sequential stepping, given times relative to the last one."""
+    coarser = OnCoarserMesh() if coarser is None else coarser
     best = fastest(times, CANONICAL) if times else None
     ratio = math.inf if best is None else times[best]
     if coarser.options is not None:

@@ -31,6 +31,7 @@ __all__ = [
     "TimeSolverChoice",
     "choose",
     "estimate_lines",
+    "has_shape",
     "krylov_options",
     "mgrit_options",
     "read_time_solver",
@@ -179,7 +180,7 @@ def read_time_solver(
     require_types(evolution.solver_parameters, f"{options_prefix}pint_")
     prefix = f"{options_prefix}mgrit_"
     given = parameters.pop("mgrit", None)
-    mgrit, has_shape = mgrit_options(given, prefix), _has_shape(given, prefix)
+    mgrit, shaped = mgrit_options(given, prefix), has_shape(given, prefix)
     unread = _database(prefix)[1]
     if unread and parameters.get("krylov") is None and not any(name.startswith("ksp_") for name in unread):
         raise InputError(
@@ -190,7 +191,7 @@ def read_time_solver(
     why, propagator, chosen, meshes = "", MadePropagator(), None, 0
     if kind == "auto":
         try:
-            if own_steps and not has_shape:
+            if own_steps and not shaped:
                 chosen = automatic(evolution, spacetime, mgrit, paradiag, coarse_tableau, propagator, typical)
             if chosen is not None:
                 kind, mgrit, why, meshes = chosen.kind, chosen.mgrit, chosen.why, chosen.meshes
@@ -203,8 +204,10 @@ def read_time_solver(
     return TimeSolverChoice(kind, mgrit, paradiag, systems, why, propagator, meshes)
 
 
-def _has_shape(given: Any, prefix: str) -> bool:
-    """Whether options of MGRIT that decide on the work of a cycle are given."""
+def has_shape(given: Any, prefix: str) -> bool:
+    """Whether options of MGRIT that decide on the work of a cycle are given, in a dictionary or with a prefix in
+    PETSc's database.
+    """
     made, plain = mgrit_options(given, prefix), MGRITOptions()
     names = {*(given if isinstance(given, Mapping) else ()), *_database(prefix)[0]}
     return any(name in names or getattr(made, name) != getattr(plain, name) for name in _SHAPE)

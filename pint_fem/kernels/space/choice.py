@@ -63,6 +63,10 @@ class BlockSolver(Protocol):
         """The solutions ``(k, n)`` for right-hand sides ``(k, n)``, own unknowns (collective)."""
 
     @property
+    def in_space(self) -> tuple[str, dict[str, float]]:
+        """Its kind and sizes, for the performance model."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of factors, matrices and work arrays on this rank."""
 
@@ -88,6 +92,12 @@ class Iterative:
     def description(self) -> str:
         """The method with its number of iterations."""
         return f"conjugate gradients with {self._name}, {self.expected} iterations to {self.method.tolerance:.0e}"
+
+    @property
+    def in_space(self) -> tuple[str, dict[str, float]]:
+        """Multigrid, of one level without coarse ones, with the number of iterations."""
+        levels = len(self.method.cycle.levels) + 1 if isinstance(self.method.cycle, MultigridCycle) else 1
+        return "multigrid", {"iterations": float(self.expected), "levels": float(levels)}
 
     @property
     def nbytes(self) -> int:

@@ -16,10 +16,16 @@ from problems.heat_source import heat_source
 from problems.heat_square import field as square_field
 from problems.heat_square import square
 from problems.maxwell_source import maxwell_source
+from problems.scaling_box import box
 from problems.serial_maxwell import serial_maxwell_source
 from problems.serial_pyadjoint import SQUARE_TIME, SerialSource, serial_heat_source, serial_square, square_functionals
 
 __all__ = [
+    "BOXES",
+    "HEAT_BOX",
+    "HEAT_BOX_EULER",
+    "HEAT_BOX_LARGE",
+    "HEAT_BOX_LARGE_EULER",
     "HEAT_SOURCE",
     "HEAT_SQUARE",
     "LAYERS",
@@ -133,6 +139,28 @@ MAXWELL_LOSSY = Case(  # the lossy box of demos/maxwell_source_inversion.py, deg
 MAXWELL_CAVITY = Case(  # the cavity without losses of that demo, degree 2, implicit midpoint
     "maxwell-cavity", _maxwell("cavity"), 256, PARADIAG, solver=PARADIAG[0]
 )
+
+#: Steps of the boxes, of which some dozens of a hundred thousand unknowns are timed.
+BOX_STEPS, BOX_SMALL = 256, 32
+
+
+def _box(name: str, cells: int, integrator: str) -> Case:
+    """Heat in the unit cube, P1, whose solver in space is what is measured; cycles are counted on 8 x 8 x 8 cubes."""
+    posed = lambda cells: (
+        lambda grid, steps, parameters: box(
+            grid, steps=steps, cells=cells, integrator=integrator, solver_parameters=parameters
+        )
+    )
+    menu = _menu((8, 4), (8,), (16,)) + _repeated((16, 2), (32, 3))
+    return Case(name, posed(cells), BOX_STEPS, menu, smaller=posed(8), small=BOX_SMALL)
+
+
+HEAT_BOX = _box("heat-box", 32, "SDIRK2")  # 35,937 unknowns
+HEAT_BOX_EULER = _box("heat-box-euler", 32, "BackwardEuler")
+HEAT_BOX_LARGE = _box("heat-box-large", 48, "SDIRK2")  # 117,649 unknowns
+HEAT_BOX_LARGE_EULER = _box("heat-box-large-euler", 48, "BackwardEuler")
+BOXES = {case.name: case for case in (HEAT_BOX, HEAT_BOX_EULER, HEAT_BOX_LARGE, HEAT_BOX_LARGE_EULER)}
+"""Calibrated for the model of solvers in space; nothing else is counted of them."""
 
 STUDIES = {
     "heat-source": Study(
