@@ -93,7 +93,7 @@ def boundary_conditions(V) -> list[DirichletBC]:
 
 def initial_temperature(x) -> Expr:
     """Return the temperature rise at first at ``x``, a ``SpatialCoordinate``."""
-    return 1.5 * sin(pi * x[2] / 2) * (1 + cos(pi * x[0]) / 2)
+    return 0.5 * sin(pi * x[2] / 2) * (1 + cos(pi * x[0]) / 2)
 
 
 def true_source(x) -> Expr:

@@ -30,13 +30,13 @@ COLUMNS = ("sensor", "x", "y", "z", "time", "ex", "ey", "ez")
 SETTING = Setting(
     "box",
     (
-        Region("lossy medium", sigma=2.0),
-        Region("dielectric", between((0, 1 / 2, 0), (1 / 2, 1, 1 / 2)), epsilon=2.0, sigma=2.0),
+        Region("lossy medium", sigma=3.0),
+        Region("dielectric", between((0, 1 / 2, 0), (1 / 2, 1, 1 / 2)), epsilon=2.0, sigma=3.0),
         Region("conductor", between((1 / 2, 1 / 4, 1 / 4), (3 / 4, 1 / 2, 3 / 4)), sigma=40.0),
     ),
     Walls(conductor=(1, 2, 3, 4, 5, 6)),
     final_time=1.5,
-    pulse=(0.4, 0.15),
+    pulse=(0.5, 0.2),
     steps=64,
     integrator="ImplicitMidpoint",
 )
@@ -52,11 +52,11 @@ def true_current(x) -> Expr:
     """Return the current behind the shipped readings at ``x``, a ``SpatialCoordinate``: a loop around a tilted axis, and
     a short antenna.
     """
-    centre, axis, width = (0.34, 0.36, 0.5), np.array([1.0, 1.0, 2.0]) / 6**0.5, 0.22
+    centre, axis, width = (0.34, 0.36, 0.5), (0.408, 0.408, 0.816), 0.26
     away = [x[i] - centre[i] for i in range(3)]
     turn = [axis[(i + 1) % 3] * away[(i + 2) % 3] - axis[(i + 2) % 3] * away[(i + 1) % 3] for i in range(3)]
-    loop = 2.0 / width * exp(-squared_distance(x, centre) / width**2) * as_vector([float(1) * t for t in turn])
-    antenna = exp(-squared_distance(x, (0.7, 0.68, 0.56)) / 0.18**2) * as_vector((0.7, 0.2, -0.9))
+    loop = 2.0 / width * exp(-squared_distance(x, centre) / width**2) * as_vector(turn)
+    antenna = exp(-squared_distance(x, (0.7, 0.68, 0.56)) / 0.22**2) * as_vector((0.7, 0.2, -0.9))
     return loop + antenna
 
 
