@@ -102,7 +102,9 @@ def plot_sections(
         for c, (ax, raster, (axis, value)) in enumerate(zip(line, sections.rasters, sections.planes, strict=True)):
             of_deviation = n == len(rows)
             image = deviations[c] if of_deviation else rows[n][1][c]
-            least, most = ([f(image) for image in deviations] for f in (np.nanmin, np.nanmax)) if of_deviation else 2 * [0]
+            least, most = (
+                ([f(image) for image in deviations] for f in (np.nanmin, np.nanmax)) if of_deviation else 2 * [0]
+            )
             own = dict(cmap="viridis", vmin=min(least), vmax=max(most)) if of_deviation else scale
             shown = ax.imshow(image, origin="lower", extent=raster.extent, **own)
             if levels.min() > 0:

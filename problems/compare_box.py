@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from firedrake import Function, SpatialCoordinate, as_vector, cos, exp, sin
 
 from pint_fem.kernels.arrays import get

@@ -49,7 +49,7 @@ from problems.heat_box_setting import (
     boundary_conditions,
     initial_temperature,
 )
-from problems.maxwell import B, E, Medium, perfect_conductor, state_space
+from problems.maxwell import B, E, Medium, state_space
 from problems.maxwell_box_setting import SETTING, antenna_functionals
 from problems.maxwell_setting import signal
 from problems.meshfile import locate

@@ -19,23 +19,18 @@ TIGHT = {"time_solver": "serial", "mgrit": {"rtol": 1e-12}}
 
 
 def assert_same_as_tape(pose, record, settings, *, first_steps, spacetime=None):
-    """J, gradient and a Hessian action of the first steps are those of plain Firedrake and pyadjoint (collective)."""
+    """J and gradient of the first steps are those of plain Firedrake and pyadjoint (collective)."""
     alone = pf.SpaceTime((COMM_WORLD.size, 1), comm=COMM_WORLD)
     ours = pose(spacetime or alone, **settings, first_steps=first_steps, solver_parameters=TIGHT)
     theirs = record(alone, **settings, first_steps=first_steps)
     V = ours.evolution.control.function_space()
-    (z, dz), (control, direction) = points(V), points(theirs.q.function_space())
+    z, control = points(V)[0], points(theirs.q.function_space())[0]
     J = float(theirs.rf(control))
     assert abs(float(ours.rf(z)) - J) < 1e-8 * abs(J)
-    pairs = {
-        "gradient": (ours.rf.derivative(), theirs.rf.derivative()),
-        "Hessian action": (ours.rf.hessian(dz), theirs.rf.hessian(direction)),
-    }
-    for name, (own, other) in pairs.items():
-        a = together(ours.spacetime, V, own.dat.data_ro)
-        b = together(alone, theirs.q.function_space(), other.dat.data_ro)
-        if ours.spacetime.is_root:
-            assert apart(a, b) < 1e-8, name
+    own = together(ours.spacetime, V, ours.rf.derivative().dat.data_ro)
+    other = together(alone, theirs.q.function_space(), theirs.rf.derivative().dat.data_ro)
+    if ours.spacetime.is_root:
+        assert apart(own, other) < 1e-8
 
 
 def assert_taylor(problem):

@@ -14,8 +14,15 @@ from problems.heat_box_readings import NOISE, READINGS, simulate, write
 from problems.heat_box_setting import CELLS, COLUMNS, FINAL_TIME, SENSORS
 from problems.readings import noise_deviation, read_readings
 from problems.serial_boxes import serial_heat_box
-from tests.boxes import TIGHT, assert_grids_agree, assert_options, assert_refused, assert_same_as_tape, assert_taylor
-from tests.boxes import run_demo
+from tests.boxes import (
+    TIGHT,
+    assert_grids_agree,
+    assert_options,
+    assert_refused,
+    assert_same_as_tape,
+    assert_taylor,
+    run_demo,
+)
 
 SMALL = dict(
     refine=0, elements="P1", readings=READINGS, steps=16, integrator="SDIRK2", alpha=1e-4, beta=1e-5, noise=NOISE
@@ -46,9 +53,10 @@ def test_sizes_of_the_page():
 
 def test_shipped_readings_are_those_of_the_true_source():
     """The misfit of the true source is that of the noise, 1/2, and of the discretisation error."""
-    problem = heat_box(pf.SpaceTime("1x1", comm=COMM_SELF), **SMALL | {"refine": 1}, solver_parameters=TIGHT)
+    settings = SMALL | {"refine": 1, "elements": "P2", "steps": 32}
+    problem = heat_box(pf.SpaceTime("1x1", comm=COMM_SELF), **settings, solver_parameters=TIGHT)
     problem.rf.problem.value(problem.rf.array(problem.true_source))
-    assert 0.4 < problem.rf.problem.parts["misfit"] < 0.7
+    assert 0.45 < problem.rf.problem.parts["misfit"] < 0.6
 
 
 def test_readings_are_written_and_read(tmp_path):
@@ -64,16 +72,13 @@ def test_readings_are_written_and_read(tmp_path):
     apart = shipped.values[3::4] - values
     assert apart.std() < 2 * sigma
     assert len(first_readings(shipped, 0.5).times) == 8
-    with pytest.raises(InputError, match="no reading until the time 0.01"):
+    with pytest.raises(InputError, match=r"no reading until the time 0\.01"):
         first_readings(shipped, 0.01)
 
 
 def test_bad_settings_are_refused():
-    bad = (("refine", -1), ("refine", 5), ("elements", "P3"), ("integrator", "Heun"), ("alpha", -1.0), ("steps", 0))
-    assert_refused(heat_box, SMALL, [pair for pair in bad if pair[0] not in ("integrator", "steps")])
-    for name, value in (("integrator", "Heun"), ("steps", 0), ("readings", "none.csv")):
-        with pytest.raises(InputError):
-            heat_box(pf.SpaceTime("1x1", comm=COMM_SELF), **SMALL | {name: value})
+    assert_refused(heat_box, SMALL, [("refine", -1), ("refine", 5), ("refine", 1.5), ("elements", "P3"),
+        ("integrator", "Heun"), ("alpha", -1.0), ("readings", "none.csv")])  # fmt: skip
 
 
 @pytest.mark.parallel([1, 2])
