@@ -49,7 +49,7 @@ _DEGREE = 4
 
 
 def true_current(x) -> Expr:
-    """Return the current behind the shipped readings at ``x``, a ``SpatialCoordinate``: a loop around a tilted axis, and
+    """Return the current behind the shipped readings at ``x``, a ``SpatialCoordinate``: a loop around a tilted axis and
     a short antenna.
     """
     centre, axis, width = (0.34, 0.36, 0.5), (0.408, 0.408, 0.816), 0.26

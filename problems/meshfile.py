@@ -74,7 +74,8 @@ def locate(points, mesh, names=None):
     points : array_like, shape (n, dim)
         Coordinates of the sensors, the same on every rank.
     mesh : firedrake.mesh.MeshGeometry
-        Of the plane or of space. Preferably from `read_mesh`: a mesh with Firedrake's own tolerance finds points close to its boundary, too.
+        Of the plane or of space; in the plane preferably from `read_mesh`: a mesh with Firedrake's own tolerance finds
+        points close to its boundary, too.
     names : sequence of str, optional
         Names of the sensors for the error message; otherwise they are counted from 0.
 

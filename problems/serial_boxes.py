@@ -3,15 +3,14 @@ r"""The source problems in a box the ordinary way: plain Firedrake, a loop over 
 The baselines of :mod:`problems.heat_box` and :mod:`problems.maxwell_box`: the same discrete problems, value for value,
 with none of ``pint_fem``'s solvers; stages as in :mod:`problems.serial_pyadjoint`. What a careful user does is done
 here: the operators are assembled and their solvers set up once (``constant_jacobian``), a step is one solve a stage,
-all ranks share each state, and B is eliminated, so that a stage solves
+all ranks share each state, and B is eliminated: it is the curl of a potential A in the space of E, so that a stage is
 
 .. math::
     (\varepsilon + h \sigma) E + h^2\, \nabla \times \mu^{-1} \nabla \times E
-    = \varepsilon W_E + h\, \nabla \times (\mu^{-1} W_B) - h s J , \qquad B = W_B - h\, \nabla \times E ,
+    = \varepsilon W_E + h\, \nabla \times (\mu^{-1} \nabla \times W_A) - h s J , \qquad A = W_A - h E .
 
-for E in weak form, and interpolates B, which is exact. On one rank and meshes of moderate size systems are solved by a
-factorisation, otherwise by conjugate gradients with multigrid, algebraic for heat, and for E geometric with patches
-around vertices.
+On one rank and meshes of moderate size systems are solved by a factorisation, otherwise by conjugate gradients with
+multigrid, algebraic for heat, and for E geometric with patches around vertices.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from problems.heat_box_setting import (
     boundary_conditions,
     initial_temperature,
 )
-from problems.maxwell import B, E, Medium, state_space
+from problems.maxwell import E, Medium, state_space
 from problems.maxwell_box_setting import SETTING, antenna_functionals
 from problems.maxwell_setting import signal
 from problems.meshfile import locate
@@ -169,26 +168,24 @@ def _maxwell_states(
     """Step from zero; yield the numbers of the points and E, on the tape that is being recorded."""
     given, (length, weights), nodes = SETTING, SCHEMES[integrator], NODES[integrator]
     spaces = state_space(mesh, degree)
-    electric, magnetic = (Function(spaces.sub(i).collapse(), name=name) for i, name in ((E, "E"), (B, "B")))
-    N, medium, h = electric.function_space(), Medium(mesh, given.regions), Constant(length * dt)
+    electric, potential = (Function(spaces.sub(E).collapse(), name=name) for name in ("E", "A"))
+    N, medium, h = electric.function_space(), Medium(mesh, given.regions), float(length * dt)
     w, v = TrialFunction(N), TestFunction(N)
     system = ((medium.epsilon + h * medium.sigma) * inner(w, v) + h**2 / medium.mu * inner(curl(w), curl(v))) * dx
     bcs = [DirichletBC(N, 0, given.walls.conductor)]
-    stages, (W_E, W_B) = [], (electric, magnetic)
+    stages, (W_E, W_A) = [], (electric, potential)
     for c in map(float, weights):
         # the time course's value is a function of R that each stage assigns
-        U_E, U_B, s = Function(N), Function(magnetic.function_space()), Function(FunctionSpace(mesh, "R", 0))
-        load = (medium.epsilon * inner(W_E, v) + h / medium.mu * inner(W_B, curl(v)) - h * s * inner(J, v)) * dx
-        equation = LinearVariationalProblem(system, load, U_E, bcs=bcs, constant_jacobian=True)
-        solver = LinearVariationalSolver(equation, solver_parameters=standard_solver(N, algebraic=False))
-        stages.append((solver, s, U_B, W_B - h * curl(U_E)))
-        W_E, W_B = ((1 - c) * a + c * b if c != 1 else b for a, b in ((W_E, U_E), (W_B, U_B)))
+        U, s = Function(N), Function(FunctionSpace(mesh, "R", 0))
+        load = (medium.epsilon * inner(W_E, v) + h / medium.mu * inner(curl(W_A), curl(v)) - h * s * inner(J, v)) * dx
+        equation = LinearVariationalProblem(system, load, U, bcs=bcs, constant_jacobian=True)
+        stages.append((LinearVariationalSolver(equation, solver_parameters=standard_solver(N, algebraic=False)), s))
+        W_E, W_A = (1 - c) * W_E + c * U if c != 1 else U, W_A - c * h * U
     yield 0, electric
     for n in range(1, steps + 1):
-        for (solver, s, U_B, rest), node in zip(stages, nodes, strict=True):
+        for (solver, s), node in zip(stages, nodes, strict=True):
             s.assign(float(signal((n - 1 + node) * dt, given)))
             solver.solve()
-            U_B.interpolate(rest)
         electric.assign(W_E)
-        magnetic.assign(W_B)
+        potential.assign(W_A)
         yield n, electric
