@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from firedrake import (
-    Constant,
     DirichletBC,
     Function,
     FunctionSpace,

@@ -41,7 +41,7 @@ def few(every=9):
 @pytest.mark.parametrize("integrator", ["ImplicitMidpoint", pytest.param("SDIRK2", marks=pytest.mark.grid)])
 def test_against_pyadjoint(integrator):
     settings = few(21) | {"integrator": integrator}
-    assert_same_as_tape(maxwell_box, serial_maxwell_box, settings, first_steps=2)
+    assert_same_as_tape(maxwell_box, serial_maxwell_box, settings, first_steps=3)
 
 
 def test_taylor():
@@ -104,4 +104,4 @@ def test_demo(tmp_path):
     options = ["--steps", 32, "--method", "trust-region", "--time-solver", "serial"]
     summary = run_demo("maxwell_box_inversion", "current", tmp_path, *options)
     assert summary["unknowns"] == 604 + 864
-    assert summary["result"]["relative_source_error"] < 1
+    assert summary["result"]["misfit"] < 0.2 * summary["result"]["history"][0]["J"]
