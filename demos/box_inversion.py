@@ -85,12 +85,12 @@ def add_box(parser: ProgramParser, *, out: str, most: int, columns: Sequence[str
     add("--compare-serial", nargs="?", type=positive(int), const=0, metavar="STEPS",
         help="evaluate J, gradient and a Hessian action with plain Firedrake + pyadjoint, too, on all ranks in space, "
         "for so many steps, and extrapolate (all steps with --refine 0 and 1, then 16, 8, 4)")  # fmt: skip
-    add_trust_region(parser, gtol="1e-4", checkpoints=True)
+    add_trust_region(parser, gtol=f"1e-6, with --refine {most} 1e-4", checkpoints=True)
 
 
 def settle_box(opts, *, most: int) -> None:
     """Give the options of the trust region and the storage their defaults."""
-    settle_method(opts, gtol=1e-4, max_iterations=100)
+    settle_method(opts, gtol=1e-4 if opts.refine == most else 1e-6, max_iterations=100)
     if opts.storage is None:
         opts.storage = "C" if opts.refine == most else "all"
     if opts.compare_serial == 0:

@@ -55,7 +55,7 @@ def assert_grids_agree(pose, settings, **given):
         z, dz = (rf.array(f) for f in points(problem.evolution.control.function_space()))
         J, slope = rf.problem.value(z), space.allreduce(float(rf.problem.derivative(z) @ dz))
         curvature = space.allreduce(float(rf.problem.hessian_action(z, dz) @ dz))
-        result = rf.minimize_trust_region(gtol_rel=1e-5, **given)
+        result = rf.minimize_trust_region(gtol_rel=1e-7, **given)
         found.append([J, slope, curvature, result.value])
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-6)
