@@ -43,8 +43,8 @@ from problems.readings import Readings, misfit_weight, read_readings, require_we
 
 __all__ = ["ALPHA", "BETA", "MOST_REFINEMENTS", "maxwell_box"]
 
-ALPHA = 1e-3
-BETA = 1e-3
+ALPHA = 5e-2
+BETA = 1e-2
 MOST_REFINEMENTS = 3
 
 

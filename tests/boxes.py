@@ -50,7 +50,7 @@ def assert_grids_agree(pose, settings, **given):
     found = []
     for grid, comm in (("1x1", COMM_SELF), ("2x1", COMM_WORLD), ("1x2", COMM_WORLD)):
         solver = {"time_solver": "mgrit", "mgrit": {"rtol": 1e-11, "coarsening": (4,)}}
-        problem = pose(pf.SpaceTime(grid, comm=comm), **settings, solver_parameters=solver)
+        problem = pose(pf.SpaceTime(grid, comm=comm), **settings, first_steps=8, solver_parameters=solver)
         rf, space = problem.rf, problem.spacetime.space_comm
         z, dz = (rf.array(f) for f in points(problem.evolution.control.function_space()))
         J, slope = rf.problem.value(z), space.allreduce(float(rf.problem.derivative(z) @ dz))
