@@ -89,10 +89,12 @@ def add_box(parser: ProgramParser, *, out: str, most: int, columns: Sequence[str
 
 
 def settle_box(opts, *, most: int) -> None:
-    """Give the options of the trust region and the storage their defaults."""
+    """Give the options of the trust region and the storage their defaults; the largest meshes have no map."""
+    if opts.method == "auto" and opts.refine == most:
+        opts.method = "trust-region"  # rows of the map are as large as states, one for each reading
     settle_method(opts, gtol=1e-4 if opts.refine == most else 1e-6, max_iterations=100)
     if opts.storage is None:
-        opts.storage = "C" if opts.refine == most else "all"
+        opts.storage = "C" if opts.refine == most and opts.time_solver in ("auto", "mgrit") else "all"
     if opts.compare_serial == 0:
         opts.compare_serial = FEW_STEPS.get(opts.refine, opts.steps)
     if opts.compare_serial is not None:
@@ -156,7 +158,7 @@ def invert_box(
     say(solvers.view())
     memory = stated_memory(problem, opts, say)
     result, posterior = invert(rf, opts, say, outputs, times)
-    measured_memory(spacetime, memory, say)
+    measured_memory(spacetime, memory, say, by_map=posterior is not None)
     summary = summary_of(title, dict(settings), spacetime, V.dim(), times)
     summary |= {"controls": control.dim(), "memory": memory}
     summary["solvers"] = {"time_solver": solvers.kind, "view": solvers.view().splitlines()}
@@ -198,6 +200,7 @@ def stated_memory(problem, opts, say: Callable) -> dict:
         "vectors_of_minimiser": most(vectors),
         "rows_of_map": most(by_map),
         "stated_peak": now + arrays + most(vectors),
+        "stated_peak_of_map": now + arrays + most(by_map),
         "by_part": str(estimate),
     }
     say(str(estimate))
@@ -206,18 +209,21 @@ def stated_memory(problem, opts, say: Callable) -> dict:
         f"memory stated before the run, per rank: {size('stated_peak')} at the peak of the trust region, of which "
         f"{size('process_after_set_up')} now (mesh, operators), {size('arrays_of_sweeps')} sweeps, "
         f"{size('vectors_of_minimiser')} vectors of the minimiser"
-        + ("" if opts.method == "trust-region" else f"; the map in their place would take {size('rows_of_map')}")
+        + ("" if opts.method == "trust-region" else f"; with the map in their place {size('stated_peak_of_map')}")
     )
     return stated
 
 
-def measured_memory(spacetime, memory: dict, say: Callable) -> None:
-    """Print and add the largest resident set of a rank's process until now (collective)."""
+def measured_memory(spacetime, memory: dict, say: Callable, *, by_map: bool) -> None:
+    """Print and add the largest resident set of a rank's process until now, beside what was stated for the method that
+    was taken (collective).
+    """
     peaks = spacetime.comm.allgather(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     memory |= {"measured_peak": max(peaks), "measured_peak_of_all_ranks": sum(peaks)}
+    stated = memory["stated_peak_of_map" if by_map else "stated_peak"]
     say(
         f"memory measured, per rank: {max(peaks) / 2**20:.0f} MB at the peak (stated: "
-        f"{memory['stated_peak'] / 2**20:.0f} MB), {sum(peaks) / 2**20:.0f} MB on all ranks"
+        f"{stated / 2**20:.0f} MB), {sum(peaks) / 2**20:.0f} MB on all ranks"
     )
 
 

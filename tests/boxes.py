@@ -90,7 +90,7 @@ def assert_options(arguments, monkeypatch, capsys, *, most):
             arguments()
     monkeypatch.setattr(sys, "argv", [program, "--refine", str(most), "--compare-serial"])
     opts = arguments()
-    assert (opts.storage, opts.time_solver) == ("C", "auto")
+    assert (opts.storage, opts.time_solver, opts.method) == ("C", "auto", "trust-region")
     assert 0 < opts.compare_serial < opts.steps
     monkeypatch.setattr(sys, "argv", [program, "--refine", "0", "--compare-serial"])
     opts = arguments()
