@@ -78,7 +78,7 @@ def test_readings_are_written_and_read(tmp_path):
 
 def test_bad_settings_are_refused():
     assert_refused(heat_box, SMALL, [("refine", -1), ("refine", 5), ("refine", 1.5), ("elements", "P3"),
-        ("integrator", "Heun"), ("alpha", -1.0), ("readings", "none.csv")])  # fmt: skip
+        ("integrator", "Heun"), ("alpha", -1.0)])  # fmt: skip
 
 
 @pytest.mark.parallel([1, 2])
