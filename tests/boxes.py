@@ -43,9 +43,9 @@ def assert_taylor(problem):
     assert max(found["R2"]["Residual"]) < 1e-9 * abs(float(rf(control)))
 
 
-def assert_grids_agree(pose, settings, **given):
-    """J, the gradient's products and the inversion on two ranks in space or in time are those of one rank; MGRIT solves
-    where ranks share the steps.
+def assert_grids_agree(pose, settings, *, inversion=True):
+    """J, products with gradient and Hessian, and the inversion on two ranks in space or in time are those of one rank;
+    MGRIT solves on all.
     """
     found = []
     for grid, comm in (("1x1", COMM_SELF), ("2x1", COMM_WORLD), ("1x2", COMM_WORLD)):
@@ -55,8 +55,9 @@ def assert_grids_agree(pose, settings, **given):
         z, dz = (rf.array(f) for f in points(problem.evolution.control.function_space()))
         J, slope = rf.problem.value(z), space.allreduce(float(rf.problem.derivative(z) @ dz))
         curvature = space.allreduce(float(rf.problem.hessian_action(z, dz) @ dz))
-        result = rf.minimize_trust_region(gtol_rel=1e-7, **given)
-        found.append([J, slope, curvature, result.value])
+        found.append([J, slope, curvature])
+        if inversion:
+            found[-1].append(rf.minimize_trust_region(gtol_rel=1e-7, inexact=True).value)
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-6)
 

@@ -41,7 +41,7 @@ def test_taylor():
 
 @pytest.mark.parallel(2)
 def test_grids_agree():
-    assert_grids_agree(heat_box, SMALL, inexact=True)
+    assert_grids_agree(heat_box, SMALL)
 
 
 def test_sizes_of_the_page():
