@@ -41,14 +41,14 @@ TRUST_REGION = {"rtol": 1e-9, "gtol": 1e-8, "max_iterations": 30, "exact": False
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
-def add_method(add) -> None:
-    """Add the option ``--method`` to a parser, whose ``add_argument`` is given."""
+def add_method(add, *, default: str = "map") -> None:
+    """Add the option ``--method`` to a parser, whose ``add_argument`` is given, with a default."""
     add(
         "--method",
-        default="map",
+        default=default,
         choices=["map", "trust-region", "auto"],
         help="map (one adjoint sweep per sensor, from which the whole posterior follows), trust-region (sweeps in each "
-        "iteration), auto (the one of less estimated time) (map)",
+        f"iteration), auto (the one of less estimated time) ({default})",
     )
 
 

@@ -41,7 +41,7 @@ __all__ = [
 
 
 class Raster:
-    """Pixels over a plane mesh, at which fields are sampled.
+    """Pixels over a plane mesh or over a section through a mesh in space, at which fields are sampled.
 
     Parameters
     ----------
@@ -49,16 +49,21 @@ class Raster:
         Distributed over ``comm = mesh.comm``.
     width
         Pixels along the longer side.
+    plane
+        Number of the coordinate that is constant in the section, and its value; of a plane mesh ``None``.
 
     Attributes
     ----------
     extent, shape : tuple
         Left, right, bottom and top of the image in the mesh's coordinates; pixels by rows and columns.
+    axes : list of int
+        Numbers of the coordinates to the right and upwards.
     """
 
-    def __init__(self, mesh: MeshGeometry, width: int = 280):
+    def __init__(self, mesh: MeshGeometry, width: int = 280, plane: tuple[int, float] | None = None):
         self.comm = mesh.comm
-        x = np.asarray(mesh.coordinates.dat.data_ro)
+        self.axes = [i for i in range(mesh.geometric_dimension) if plane is None or i != plane[0]]
+        x = np.asarray(mesh.coordinates.dat.data_ro)[:, self.axes]
         low, high = np.full(2, np.inf), np.full(2, -np.inf)
         self.comm.Allreduce(x.min(axis=0), low, op=MPI.MIN)
         self.comm.Allreduce(x.max(axis=0), high, op=MPI.MAX)
@@ -66,9 +71,11 @@ class Raster:
         self.shape = tuple(np.maximum(1, np.ceil((high - low) / pixel - 1e-9).astype(int))[::-1])
         jy, jx = np.divmod(np.arange(self.shape[0] * self.shape[1]), self.shape[1])
         points = low + (np.stack([jx, jy], axis=1) + 0.5) * pixel
+        if plane is not None:
+            points = np.insert(points, plane[0], plane[1], axis=1)
         self._mesh = VertexOnlyMesh(mesh, points, missing_points_behaviour="ignore")
         self._space = FunctionSpace(self._mesh, "DG", 0)
-        here = np.asarray(self._mesh.coordinates.dat.data_ro).reshape(-1, 2)
+        here = np.asarray(self._mesh.coordinates.dat.data_ro).reshape(-1, points.shape[1])[:, self.axes]
         place = np.rint((here - low) / pixel - 0.5).astype(int)
         self._index = place[:, 1] * self.shape[1] + place[:, 0]
 

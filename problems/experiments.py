@@ -30,7 +30,7 @@ from pint_fem.evolution.evolution import Evolution
 from pint_fem.misfits import PointSensors
 from pint_fem.misfits.sensor_readings import SensorReadings
 from pint_fem.spacetime import SpaceTime
-from problems.readings import Readings, checked_rows, noise_deviation, readings_of_rows
+from problems.readings import Readings, checked_rows, noise_deviation, reading_lines, readings_of_rows
 
 __all__ = [
     "Coefficient",
@@ -184,10 +184,7 @@ def write_experiments(
     """
     lines = [*(f"# {line}" for line in comments), ",".join(columns)]
     for e, (at, table) in enumerate(zip(points, values, strict=True)):
-        for s, (x, y) in enumerate(at):
-            for t, reading in zip(times, table[:, s], strict=True):
-                numbers = ",".join(f"{value:.5g}" for value in np.atleast_1d(reading))
-                lines.append(f"{e},{s},{x:.6g},{y:.6g},{t:.8g},{numbers}")
+        lines += reading_lines(at, times, table, before=f"{e},")
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -75,9 +75,16 @@ class MaxwellSource:
 
 
 def evolution_of(
-    mesh, given: Setting, *, steps: int, integrator: str, degree: int = DEGREE, solver_parameters=None
+    mesh,
+    given: Setting,
+    *,
+    steps: int,
+    integrator: str,
+    degree: int = DEGREE,
+    solver_parameters=None,
+    first_steps: int | None = None,
 ) -> Evolution:
-    """The evolution of a setting on a mesh of the box, controlled by the current's shape.
+    """The evolution of a setting on a mesh of the box, in the plane or in space, controlled by the current's shape.
 
     Parameters
     ----------
@@ -87,6 +94,8 @@ def evolution_of(
         Time steps, a name of :func:`pint_fem.evolution.named_tableau`, degree of the elements.
     solver_parameters
         PETSc options of the steps' systems for E.
+    first_steps
+        Take only so many of the steps; default: all.
     """
     space, t = state_space(mesh, degree), time_function(mesh)
     u, current = Function(space, name="field"), Function(VectorFunctionSpace(mesh, "CG", 1), name="current")
@@ -96,7 +105,7 @@ def evolution_of(
         u,
         tableau=named_tableau(integrator),
         dt=given.final_time / steps if steps else 0.0,
-        nsteps=steps,
+        nsteps=steps if first_steps is None else first_steps,
         control=current,
         t=t,
         bcs=perfect_conductor(space, given.walls),

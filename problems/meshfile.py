@@ -67,10 +67,11 @@ def locate(points, mesh, names=None):
 
     Parameters
     ----------
-    points : array_like, shape (n, 2)
+    points : array_like, shape (n, dim)
         Coordinates of the sensors, the same on every rank.
     mesh : firedrake.mesh.MeshGeometry
-        Preferably from `read_mesh`: a mesh with Firedrake's own tolerance finds points close to its boundary, too.
+        Of the plane or of space; in the plane preferably from `read_mesh`: a mesh with Firedrake's own tolerance finds
+        points close to its boundary, too.
     names : sequence of str, optional
         Names of the sensors for the error message; otherwise they are counted from 0.
 
@@ -95,9 +96,9 @@ def locate(points, mesh, names=None):
     # rank 0's points are the ones that count above; argmin is the first point that no rank has
     first = int(found.argmin())
     name = first if names is None else names[first]
-    x, y = points[first]
+    place = ", ".join(f"{x:g}" for x in points[first])
     raise InputError(
-        f"sensor {name} at ({x:g}, {y:g}) is outside the mesh ({missing} of {len(points)} sensors are; "
+        f"sensor {name} at ({place}) is outside the mesh ({missing} of {len(points)} sensors are; "
         "give places inside, not in holes or notches, in the mesh's units)"
     )
 

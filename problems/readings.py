@@ -7,7 +7,8 @@ The file is in long format: one reading a line, below a line of column names; bl
     sensor,x,y,time,temperature
     0,0.25,0.12,0.015625,0.0374
 
-A problem with several quantities has a column for each of them (``sensor,x,y,time,ex,ey``).
+A problem with several quantities has a column for each of them (``sensor,x,y,time,ex,ey``), one in space a column
+``z`` after ``y``.
 Every sensor has one reading at every time, so that the readings fill a (times x sensors) array. Reading needs no
 finite elements and no communication: each rank reads the file for itself and comes to the same answer or error.
 """
@@ -30,8 +31,10 @@ __all__ = [
     "misfit_weight",
     "noise_deviation",
     "read_readings",
+    "reading_lines",
     "readings_of_rows",
     "require_weights",
+    "write_readings",
 ]
 
 LARGEST = 1e100
@@ -56,8 +59,8 @@ class Readings:
 
     Attributes
     ----------
-    points : numpy.ndarray, shape (ns, 2)
-        Coordinates of the sensors, in the order in which the file first names them.
+    points : numpy.ndarray, shape (ns, dim)
+        Coordinates of the sensors, two or three, in the order in which the file first names them.
     times : numpy.ndarray, shape (nt,)
         Reading times, ascending.
     values : numpy.ndarray, shape (nt, ns) or (nt, ns, nq)
@@ -86,12 +89,12 @@ def read_readings(path, final_time, columns=COLUMNS) -> Readings:
     final_time : float
         End of the simulated interval (0, final_time]; later readings are refused.
     columns : tuple of str
-        The line of column names; all after the fourth are quantities.
+        The line of column names; all after ``time`` are quantities.
 
     Returns
     -------
     Readings
-        With arrays of shapes (ns, 2), (nt,) and (nt, ns), or (nt, ns, nq) for several quantities.
+        With arrays of shapes (ns, dim), (nt,) and (nt, ns), or (nt, ns, nq) for several quantities.
 
     Raises
     ------
@@ -227,18 +230,19 @@ def _rows(path, expected):
 
 
 def _reading(where, row, final_time, columns):
-    """Turn the fields of one line into (sensor, (x, y), time, temperature or several quantities)."""
-    name, *fields = row
+    """Turn the fields of one line into (sensor, coordinates, time, temperature or several quantities)."""
+    (name, *fields), dim = row, columns.index("time") - 1
     if not name:
         raise InputError(f"{where}: sensor has no name (got an empty field; give it a number or a name)")
-    x, y, time, *value = (_number(where, *item) for item in zip(columns[1:], fields, strict=True))
+    numbers = [_number(where, *item) for item in zip(columns[1:], fields, strict=True)]
+    point, time, value = tuple(numbers[:dim]), numbers[dim], numbers[dim + 1 :]
     if time <= 0:
         raise InputError(
             f"{where}: time is not positive (got {time:g}; readings start after time 0, where the state is known)"
         )
     if time > final_time:
         raise InputError(f"{where}: time is beyond the final time (got {time:g}; should be at most {final_time:g})")
-    return name, (x, y), time, value[0] if len(value) == 1 else tuple(value)
+    return name, point, time, value[0] if len(value) == 1 else tuple(value)
 
 
 def _number(where, column, text):
@@ -308,3 +312,39 @@ def require_weights(alpha: float, beta: float, noise: float) -> None:
     for name, value in (("alpha", alpha), ("beta", beta), ("noise", noise)):
         if not np.isfinite(value) or value < 0 or (value == 0 and name != "alpha"):
             raise InputError(f"{name} = {value:g}: give a {'non-negative' if name == 'alpha' else 'positive'} number")
+
+
+def reading_lines(points: np.ndarray, times: np.ndarray, values: np.ndarray, *, before: str = "") -> list[str]:
+    """Return the lines of a file for the readings of sensors ``0``, ``1``, ...
+
+    Parameters
+    ----------
+    points, times, values
+        ``(ns, dim)`` places, ``(nt,)`` times, and ``(nt, ns)`` readings, or ``(nt, ns, nq)`` of several quantities.
+    before
+        What each line begins with.
+    """
+    lines = []
+    for s, place in enumerate(points):
+        at = ",".join(f"{x:.6g}" for x in place)
+        for t, reading in zip(times, values[:, s], strict=True):
+            lines.append(f"{before}{s},{at},{t:.8g},{','.join(f'{value:.5g}' for value in np.atleast_1d(reading))}")
+    return lines
+
+
+def write_readings(path, points, times, values, *, columns=COLUMNS, comments=()) -> None:
+    """Write readings as :func:`read_readings` reads them.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        File to write.
+    points, times, values : numpy.ndarray
+        As for :func:`reading_lines`.
+    columns : tuple of str
+        The line of column names.
+    comments : sequence of str
+        Lines at the beginning of the file, without ``#``.
+    """
+    lines = [*(f"# {line}" for line in comments), ",".join(columns), *reading_lines(points, times, values)]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

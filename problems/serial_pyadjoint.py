@@ -56,6 +56,7 @@ from firedrake.adjoint import Control, ReducedFunctional
 from firedrake.mesh import MeshGeometry
 from pyadjoint import AdjFloat
 from pyadjoint.tape import stop_annotating
+from ufl.core.expr import Expr
 
 from pint_fem.errors import InputError
 from pint_fem.propagators.tape import recording
@@ -77,6 +78,7 @@ from problems.priors import prior_of
 from problems.readings import Readings, read_readings
 
 __all__ = [
+    "DIRECT",
     "DIRECT_MIXED",
     "NODES",
     "SCHEMES",
@@ -100,7 +102,8 @@ SCHEMES = {
 }
 #: Time of each stage in its step.
 NODES = {"BackwardEuler": (1.0,), "ImplicitMidpoint": (0.5,), "SDIRK2": (_GAMMA, 1.0)}
-_DIRECT = {"ksp_type": "preonly", "pc_type": "cholesky", "pc_factor_mat_solver_type": "cholmod"}
+#: PETSc options of symmetric positive definite systems on one rank.
+DIRECT = {"ksp_type": "preonly", "pc_type": "cholesky", "pc_factor_mat_solver_type": "cholmod"}
 #: PETSc options of mixed systems, which Cholesky's method does not factor.
 DIRECT_MIXED = {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "umfpack"}
 
@@ -141,9 +144,11 @@ def trajectory(
     integrator: str,
     course: Callable[[float], float] | None = None,
     constant: bool = True,
-    parameters: Mapping[str, Any] = _DIRECT,
+    parameters: Mapping[str, Any] = DIRECT,
+    initial: Expr | None = None,
 ) -> Iterator[tuple[int, Function]]:
-    """Step from zero; yield ``(0, u), (1, u), ..., (steps, u)``, on the tape that is being recorded.
+    """Step from zero, or from ``initial``; yield ``(0, u), (1, u), ..., (steps, u)``, on the tape that is being
+    recorded.
 
     Parameters
     ----------
@@ -161,6 +166,8 @@ def trajectory(
         Whether the operators depend on no control, so that their factors stay when the tape is evaluated again.
     parameters
         PETSc options of the stages' systems; by default for symmetric positive definite ones.
+    initial
+        The state at first, in UFL, without controls; default: zero.
 
     Raises
     ------
@@ -172,6 +179,9 @@ def trajectory(
     length, weights = SCHEMES[integrator]
     h, w, v = Constant(length * dt), TrialFunction(V), TestFunction(V)
     u, solvers, courses = Function(V, name="state"), [], []
+    if initial is not None:
+        with stop_annotating():
+            u.interpolate(initial)
     W = u
     for c in map(float, weights):  # UFL does not take numpy's numbers before vectors
         # combinations of stages go into the right-hand side's form: on the tape that is cheaper than an assignment.
@@ -239,7 +249,7 @@ def add_squares(
 
     def on_sensors(numbers):
         with stop_annotating():
-            d.dat.data_wo[:] = numbers
+            d.dat.data_wo[:] = numbers[: len(d.dat.data_ro)]  # points as given are all on the first rank
             return assemble(interpolate(d, at_sensors))
 
     for n, u in states:
@@ -259,7 +269,7 @@ def add_squares(
 def control_with_prior(q: Function, prior) -> Control:
     """The control with the prior's inner product, factorised once."""
     a, b = TrialFunction(q.function_space()), TestFunction(q.function_space())
-    return Control(q, riesz_map=RieszMap(prior(a, b), constant_jacobian=True, solver_parameters=_DIRECT))
+    return Control(q, riesz_map=RieszMap(prior(a, b), constant_jacobian=True, solver_parameters=DIRECT))
 
 
 def serial_heat_source(
