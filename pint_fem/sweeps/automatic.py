@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.collective import any_rank, collectively
+from pint_fem.errors import SolverFailure
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions

@@ -1,8 +1,8 @@
 """MGRIT whose coarse level is on the next coarser mesh of a hierarchy: its predicted time.
 
-There is no a-priori estimate of its convergence: what the coarser mesh does not represent is damped by C-relaxation only
-(:mod:`~pint_fem.propagators.spatial`). So cycles are counted in an adjoint sweep of few intervals from an impulse at all
-points.
+There is no a-priori estimate of its convergence: what the coarser mesh does not represent is damped by C-relaxation
+only (:mod:`~pint_fem.propagators.spatial`). So cycles are counted in an adjoint sweep of few intervals from an impulse
+at all points.
 """
 
 from __future__ import annotations
