@@ -15,7 +15,6 @@ import ufl
 from firedrake import (
     DistributedMeshOverlapType,
     Function,
-    MeshHierarchy,
     TestFunction,
     TrialFunction,
     UnitCubeMesh,
@@ -48,7 +47,7 @@ _BYTES_OF_CELL = 600
 
 
 def box_hierarchy(spacetime: SpaceTime, cells: int, refine: int):
-    """Return the hierarchy of meshes of the box; members of an ensemble partition it alike.
+    """Return the hierarchy of meshes of the box, with the same parts in all groups of ranks in space.
 
     Parameters
     ----------
@@ -58,9 +57,8 @@ def box_hierarchy(spacetime: SpaceTime, cells: int, refine: int):
         Cells along a side of the coarsest mesh, and number of refinements.
     """
     # cells around the own vertices of a rank are there, as preconditioners by patches require
-    parameters = {"partitioner_type": "simple", "overlap_type": (DistributedMeshOverlapType.VERTEX, 1)}
-    coarse = UnitCubeMesh(cells, cells, cells, comm=spacetime.space_comm, distribution_parameters=parameters)
-    return MeshHierarchy(coarse, refine)
+    parameters = {"overlap_type": (DistributedMeshOverlapType.VERTEX, 1)}
+    return spacetime.mesh_hierarchy(refine, UnitCubeMesh, cells, cells, cells, distribution_parameters=parameters)
 
 
 def require_refinements(spacetime: SpaceTime, cells: int, refine: int, most: int, unknowns: int) -> None:
