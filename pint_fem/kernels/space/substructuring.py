@@ -19,6 +19,7 @@ others are solved for with it.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +105,11 @@ class Partition:
         of_own = np.cumsum(on_interface) - 1
         interface = csr_matrix((values[edge], (of_own[rows[edge]], at[edge])), (len(own), len(every)))
         if order is None or len(order) != len(interior):
-            order = nested_dissection(inside) if len(interior) else np.empty(0, np.int64)
+            order = np.empty(0, np.int64)
+            try:
+                order = nested_dissection(inside) if len(interior) else order
+            except MemoryError:  # the others would wait for ever
+                order = None
         if not all_ranks(comm, order is not None):
             return None
         return cls(comm, interior, own, counts, touched, inside, coupling, interface, order)
@@ -140,7 +145,7 @@ class Substructuring:
     Raises
     ------
     ArithmeticError
-        On every rank, if the matrix is not positive definite to working precision.
+        On every rank, if the matrix is not positive definite to working precision, or a rank has no memory for this.
     """
 
     is_direct = True
@@ -179,7 +184,11 @@ class Substructuring:
         p, comm = self.partition, self.partition.comm
         total = int(p.counts.sum())
         starts = np.concatenate([[0], np.cumsum(p.counts)])
-        S = np.zeros((total, total))
+        S, own, failed = None, np.empty((0, total)), False
+        with suppress(MemoryError):
+            S = np.zeros((total, total))
+        if not all_ranks(comm, S is not None):
+            raise ArithmeticError("there is no memory for the Schur complement of a matrix")
         for rank in range(comm.size):  # in their order: the same sum on all ranks and in each run
             touched, block, rows = comm.bcast(
                 (p.touched, part.shape, p.interface) if rank == comm.rank else None, root=rank
@@ -188,7 +197,6 @@ class Substructuring:
             values = np.ascontiguousarray(part) if rank == comm.rank else np.empty(block)
             comm.Bcast(values, root=rank)
             S[np.ix_(touched, touched)] += values
-        own, failed = np.empty((0, total)), False
         if total:
             try:
                 factor = cho_factor(S, lower=True, overwrite_a=True, check_finite=False)
@@ -196,7 +204,7 @@ class Substructuring:
                 units = np.zeros((total, last - first), order="F")
                 units[np.arange(first, last), np.arange(last - first)] = 1.0
                 own = cho_solve(factor, units, overwrite_b=True, check_finite=False).T
-            except LinAlgError:
+            except (LinAlgError, MemoryError):
                 failed = True
         if not all_ranks(comm, not failed and bool(np.isfinite(own).all())):
             raise ArithmeticError("the Schur complement of a matrix is not positive definite")
