@@ -16,6 +16,7 @@ same in each run.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -183,8 +184,10 @@ def _direct(matrix: PETSc.Mat, limit: float, like: BlockSolver | None) -> Substr
     most = min((limit - interface) / 16, LARGEST_FACTOR)
     if most <= 0:
         return None
-    tree = partition.tree(most)
-    if comm.allreduce(tree.fill, op=MPI.MAX) > most:
+    tree = None
+    with suppress(ArithmeticError, MemoryError):
+        tree = partition.tree(most)
+    if comm.allreduce(np.inf if tree is None else float(tree.fill), op=MPI.MAX) > most:
         return None
     try:
         made = Substructuring(partition, tree)
@@ -210,9 +213,12 @@ def _is_accurate(matrix: PETSc.Mat, solver: BlockSolver) -> bool:
 
 def _multigrid(matrix: PETSc.Mat, block: BlockMatrix, geometry: Geometry | None, prefix: str) -> Iterative | None:
     """Conjugate gradients with multigrid, where the space has it and it converges."""
-    if geometry is None or len(geometry.space) > 1 or block.halo.own != geometry.space.dof_dset.layout_vec.local_size:
+    comm = matrix.comm.tompi4py()
+    if geometry is None or len(geometry.space) > 1:
         return None
-    comm, geometric = matrix.comm.tompi4py(), has_hierarchy(geometry)
+    if not all_ranks(comm, block.halo.own == geometry.space.dof_dset.layout_vec.local_size):
+        return None
+    geometric = has_hierarchy(geometry)
     if requires_patches(geometry.space) and not geometric:
         return None
     for kind in ("geometric", "algebraic")[0 if geometric else 1 :]:

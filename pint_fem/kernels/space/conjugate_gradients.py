@@ -128,11 +128,11 @@ class ConjugateGradients:
 
     def _solve(self, rows: np.ndarray, out: np.ndarray, lanes: int) -> None:
         x, p, b, r, z, q, single = self._work(lanes)
-        n, count, matrix = self.matrix.rows, len(rows), self.matrix
+        n, count = self.matrix.rows, len(rows)
         b[:, :count], b[:, count:] = rows.T, 0.0
         x[:n] = 0.0
         x[self._alone] = self._inverse[self._alone, None] * b[self._alone]
-        matrix.residual(b, x, r)
+        self._residual(b, x, r)
         (start,) = np.sqrt(self._dots(lanes, (r, None)))
         if not np.isfinite(start).all():
             raise ArithmeticError("a right-hand side is not finite")
@@ -145,7 +145,7 @@ class ConjugateGradients:
             if attempt:
                 goal = np.where(done, goal, 0.5 * goal)
             self._iterate(lanes, goal, done.copy(), x, p, r, z, q, single)
-            matrix.residual(b, x, r)
+            self._residual(b, x, r)
             (size,) = np.sqrt(self._dots(lanes, (r, None)))
         else:
             goal = np.maximum(self.tolerance * start, 30 * ROUND_OFF * self._magnitude(lanes, x, start))
@@ -153,6 +153,11 @@ class ConjugateGradients:
                 worst = float(np.max(size / np.where(start > 0, start, 1)))
                 raise ArithmeticError(f"conjugate gradients reduced a residual to {worst:.1e} only")
         out[:] = x[:n, :count].T
+
+    def _residual(self, b: np.ndarray, x: np.ndarray, r: np.ndarray) -> None:
+        """``r = b - A x``, zero in rows without couplings, where it is the round-off of a division only."""
+        self.matrix.residual(b, x, r)
+        r[self._alone] = 0.0
 
     def _magnitude(self, lanes: int, x: np.ndarray, start: np.ndarray) -> np.ndarray:
         """The norms, about, of the terms that a residual is the difference of."""

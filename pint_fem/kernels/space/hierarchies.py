@@ -89,7 +89,7 @@ def _cycle(
         block = BlockMatrix.of_petsc(A)
         R = P.transpose(PETSc.Mat())
         smoother = Smoother(block, comm, patches=B, degree=degree)
-        levels.append(Level(block, BlockMatrix.of_petsc(P), BlockMatrix.of_petsc(R), smoother))
+        levels.append(Level(BlockMatrix.of_petsc(P), BlockMatrix.of_petsc(R), smoother))
         R.destroy()
     last = matrices[-1]
     if last.getSize()[0] > COARSEST:

@@ -103,6 +103,13 @@ class Smoother:
     degree
         Number of products with ``B`` in an application.
 
+    Attributes
+    ----------
+    matrix : BlockMatrix
+        ``A`` in single precision.
+    bound : float
+        A bound, estimated, of the eigenvalues of ``B A``.
+
     Raises
     ------
     ArithmeticError
@@ -111,7 +118,7 @@ class Smoother:
 
     def __init__(self, matrix: BlockMatrix, comm: MPI.Comm, *, patches: BlockMatrix | None = None, degree: int = 2):
         self.degree = degree
-        self._matrix = matrix.astype(SINGLE)
+        self.matrix = matrix.astype(SINGLE)
         self._patches = None if patches is None else patches.astype(SINGLE)
         diagonal = matrix.diagonal
         if comm.allreduce(float(np.min(diagonal, initial=1.0)), op=MPI.MIN) <= 0:
@@ -135,14 +142,21 @@ class Smoother:
     def _arrays(self, lanes: int) -> tuple[np.ndarray, np.ndarray]:
         """Increment, and residual with the other ranks' unknowns that ``B`` refers to."""
         if lanes not in self._work:
-            residual = self._matrix.vector(0) if self._patches is None else self._patches.vector(lanes)
-            self._work[lanes] = np.zeros((self._matrix.rows, lanes), SINGLE), residual
+            residual = self.matrix.vector(0) if self._patches is None else self._patches.vector(lanes)
+            self._work[lanes] = np.zeros((self.matrix.rows, lanes), SINGLE), residual
         return self._work[lanes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both matrices and the work arrays on this rank."""
+        arrays = [self._diagonal, *(a for pair in self._work.values() for a in pair)]
+        patches = 0 if self._patches is None else self._patches.nbytes
+        return self.matrix.nbytes + patches + sum(a.nbytes for a in arrays)
 
     def start(self, b: np.ndarray, x: np.ndarray) -> None:
         """``x`` from zero (collective); ``x`` as of :meth:`BlockMatrix.vector`."""
         lanes = b.shape[1]
-        kernels, n, (d, r) = block_kernels(lanes, SINGLE), self._matrix.rows, self._arrays(lanes)
+        kernels, n, (d, r) = block_kernels(lanes, SINGLE), self.matrix.rows, self._arrays(lanes)
         first = self._coefficients[0][1]
         if self._patches is None:
             kernels.start(n, self._diagonal.ctypes.data, first, b.ctypes.data, x.ctypes.data, d.ctypes.data)
@@ -157,12 +171,12 @@ class Smoother:
         self._continue(b, x, *self._arrays(b.shape[1]), 0)
 
     def _continue(self, b: np.ndarray, x: np.ndarray, d: np.ndarray, r: np.ndarray, first: int) -> None:
-        kernels, n = block_kernels(b.shape[1], SINGLE), self._matrix.rows
+        kernels, n = block_kernels(b.shape[1], SINGLE), self.matrix.rows
         for keep, factor in self._coefficients[first:]:
             if self._patches is None:
-                self._matrix.smooth(self._diagonal, keep, factor, b, x, d)
+                self.matrix.smooth(self._diagonal, keep, factor, b, x, d)
             else:
-                self._matrix.residual(b, x, r)
+                self.matrix.residual(b, x, r)
                 self._patches.product(r, d, factor, keep)
             kernels.add(n, d.ctypes.data, x.ctypes.data)
 
@@ -172,14 +186,14 @@ class Level:
 
     Parameters
     ----------
-    matrix, interpolation, restriction
-        ``A``, ``P`` and its transpose, in double precision.
+    interpolation, restriction
+        ``P`` and its transpose, in double precision.
     smoother
-        Of ``A``.
+        Of ``A``, which it has in single precision.
     """
 
-    def __init__(self, matrix: BlockMatrix, interpolation: BlockMatrix, restriction: BlockMatrix, smoother: Smoother):
-        self.matrix, self.smoother = matrix.astype(SINGLE), smoother
+    def __init__(self, interpolation: BlockMatrix, restriction: BlockMatrix, smoother: Smoother):
+        self.matrix, self.smoother = smoother.matrix, smoother
         self.interpolation, self.restriction = interpolation.astype(SINGLE), restriction.astype(SINGLE)
         self._work: dict[int, tuple[np.ndarray, ...]] = {}
 
@@ -255,6 +269,6 @@ class MultigridCycle:
         """Bytes of all matrices and work arrays on this rank."""
         total = self.coarsest.factors.nbytes
         for level in self.levels:
-            total += level.matrix.nbytes + level.interpolation.nbytes + level.restriction.nbytes
+            total += level.smoother.nbytes + level.interpolation.nbytes + level.restriction.nbytes
             total += sum(a.nbytes for arrays in level._work.values() for a in arrays)
         return total

@@ -19,6 +19,7 @@ others are solved for with it.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +105,11 @@ class Partition:
         of_own = np.cumsum(on_interface) - 1
         interface = csr_matrix((values[edge], (of_own[rows[edge]], at[edge])), (len(own), len(every)))
         if order is None or len(order) != len(interior):
-            order = nested_dissection(inside) if len(interior) else np.empty(0, np.int64)
+            order = np.empty(0, np.int64)
+            try:
+                order = nested_dissection(inside) if len(interior) else order
+            except MemoryError:  # the others would wait for ever
+                order = None
         if not all_ranks(comm, order is not None):
             return None
         return cls(comm, interior, own, counts, touched, inside, coupling, interface, order)
@@ -140,7 +145,7 @@ class Substructuring:
     Raises
     ------
     ArithmeticError
-        On every rank, if the matrix is not positive definite to working precision.
+        On every rank, if the matrix is not positive definite to working precision, or a rank has no memory for this.
     """
 
     is_direct = True
@@ -179,7 +184,11 @@ class Substructuring:
         p, comm = self.partition, self.partition.comm
         total = int(p.counts.sum())
         starts = np.concatenate([[0], np.cumsum(p.counts)])
-        S = np.zeros((total, total))
+        S, own, failed = None, np.empty((0, total)), False
+        with suppress(MemoryError):
+            S = np.zeros((total, total))
+        if not all_ranks(comm, S is not None):
+            raise ArithmeticError("there is no memory for the Schur complement of a matrix")
         for rank in range(comm.size):  # in their order: the same sum on all ranks and in each run
             touched, block, rows = comm.bcast(
                 (p.touched, part.shape, p.interface) if rank == comm.rank else None, root=rank
@@ -191,17 +200,10 @@ class Substructuring:
         own, failed = np.empty((0, total)), 0
         if total:
             first, last = self._bounds[comm.rank : comm.rank + 2]
-            factor, failed = dpotrf(np.asfortranarray(S), lower=1, overwrite_a=1)
-            if not failed and comm.size <= 3:  # fewer operations than solves for a share of the columns
-                inverse, failed = dpotri(factor, lower=1, overwrite_c=1)
-                own = np.concatenate([inverse[first:last, :first], inverse[first:, first:last].T], axis=1)
-                square = own[:, first:last]
-                square[np.tril_indices(last - first, -1)] = square.T[np.tril_indices(last - first, -1)]
-            elif not failed:
-                units = np.zeros((total, last - first), order="F")
-                units[np.arange(first, last), np.arange(last - first)] = 1.0
-                solution, failed = dpotrs(factor, units, lower=1, overwrite_b=1)
-                own = solution.T
+            try:
+                own, failed = _rows_of_inverse(S, first, last, comm.size)
+            except MemoryError:
+                failed = 1
         if not all_ranks(comm, not failed and bool(np.isfinite(own).all())):
             raise ArithmeticError("the Schur complement of a matrix is not positive definite")
         made = aligned(own.shape)
@@ -288,3 +290,22 @@ class Substructuring:
     def nbytes(self) -> int:
         """Bytes of the factors and of the own rows of the interface's inverse."""
         return self._lower.nbytes + self._inverse.nbytes + 16 * self._size
+
+
+def _rows_of_inverse(S: np.ndarray, first: int, last: int, shares: int) -> tuple[np.ndarray, int]:
+    """Rows ``first`` to ``last`` of the inverse of a positive definite matrix, and LAPACK's number of a pivot that is
+    not positive, or zero.
+    """
+    factor, failed = dpotrf(np.asfortranarray(S), lower=1, overwrite_a=1)
+    if failed:
+        return np.empty((0, len(S))), int(failed)
+    if shares <= 3:  # the inverse takes fewer operations than solves for a share of the columns
+        inverse, failed = dpotri(factor, lower=1, overwrite_c=1)
+        own = np.concatenate([inverse[first:last, :first], inverse[first:, first:last].T], axis=1)
+        square, below = own[:, first:last], np.tril_indices(last - first, -1)
+        square[below] = square.T[below]
+        return own, int(failed)
+    units = np.zeros((len(S), last - first), order="F")
+    units[np.arange(first, last), np.arange(last - first)] = 1.0
+    solution, failed = dpotrs(factor, units, lower=1, overwrite_b=1)
+    return solution.T, int(failed)
