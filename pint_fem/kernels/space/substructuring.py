@@ -184,7 +184,7 @@ class Substructuring:
         p, comm = self.partition, self.partition.comm
         total = int(p.counts.sum())
         starts = np.concatenate([[0], np.cumsum(p.counts)])
-        S, own, failed = None, np.empty((0, total)), False
+        S = None
         with suppress(MemoryError):
             S = np.zeros((total, total))
         if not all_ranks(comm, S is not None):
