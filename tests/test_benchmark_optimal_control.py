@@ -52,7 +52,7 @@ def test_serial(one_integrator):
 
 def test_bounds():
     lines = []
-    found = optimal_control_bounds.bound_rows(SMALL, lines.append, weights=(1e-2,))
+    found = optimal_control_bounds.bound_rows(Size(4, 8), lines.append, weights=(1e-2,))
     assert len(found) == len(differences(found)) == 2
     assert max(differences(found)) < 1e-6
     assert all(0 < int(re.search(r"(\d+)% of the values", r.note)[1]) < 100 for r in found)
