@@ -63,11 +63,6 @@ def test_log_conductivity_by_all_time_solvers_also_where_the_control_is_zero():
         assert_same(results(rf, z, dz), theirs, COMM_SELF)  # nothing of the other control is left
 
 
-def test_conductivity_in_cells_of_a_quadratic_state():
-    problem = heat(ALONE, conduction(lambda q: q), ("DG0",), state="P2", walls="homogeneous")
-    assert fast(*assert_same_as_serial(problem, ALONE, "BackwardEuler", SERIAL, MGRIT))
-
-
 def capacity_and_convection(capacity):
     """``capacity(q)`` in front of the rate, and a coefficient of convection that is sought on two sides."""
     return lambda rate, u, v, t, q, dx, ds, x: (
@@ -76,15 +71,18 @@ def capacity_and_convection(capacity):
 
 
 @pytest.mark.parametrize(
-    ("capacity", "controls", "integrator", "walls", "solvers"),
+    ("capacity", "controls", "integrator", "given", "solvers"),
     [
-        (exp, ("P2", "R"), "ImplicitMidpoint", "inhomogeneous", (SERIAL, PARADIAG)),
-        (lambda q: 0.2 + q, ("DG0", "P1"), "BackwardEuler", "none", (SERIAL, MGRIT)),
-        pytest.param(lambda q: 1 + q**2, ("R", "R"), "SDIRK2", "inhomogeneous", (MGRIT,), marks=pytest.mark.grid),
+        (exp, ("P2", "R"), "ImplicitMidpoint", {"walls": "inhomogeneous"}, (SERIAL, PARADIAG)),
+        (lambda q: 0.2 + q, ("DG0", "P1"), "BackwardEuler", {"state": "P2", "walls": "homogeneous"}, (SERIAL, MGRIT)),
+        pytest.param(
+            lambda q: 1 + q**2, ("R", "R"), "SDIRK2", {"walls": "inhomogeneous"}, (MGRIT,), marks=pytest.mark.grid
+        ),
     ],
 )
-def test_heat_capacity_and_convection(capacity, controls, integrator, walls, solvers):
-    problem = heat(ALONE, capacity_and_convection(capacity), controls, walls=walls)
+def test_heat_capacity_and_convection(capacity, controls, integrator, given, solvers):
+    """The second one with a quadratic state and coefficients in cells."""
+    problem = heat(ALONE, capacity_and_convection(capacity), controls, **given)
     assert fast(*assert_same_as_serial(problem, ALONE, integrator, *solvers))
 
 
@@ -93,10 +91,10 @@ def test_stiffness_of_an_elastic_solid():
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("control", ["R", "P2"])
+@pytest.mark.parametrize(("control", "state"), [("R", "P1"), ("P2", "P1"), ("DG0", "P2")])
 @pytest.mark.parametrize("integrator", ["BackwardEuler", "SDIRK2", "ImplicitMidpoint"])
-def test_conductivity_in_other_spaces(control, integrator):
-    problem = heat(ALONE, conduction(lambda q: 1 + q**2), (control,), walls="inhomogeneous")
+def test_conductivity_in_other_spaces(control, state, integrator):
+    problem = heat(ALONE, conduction(lambda q: 1 + q**2), (control,), state=state, walls="inhomogeneous")
     assert fast(*assert_same_as_serial(problem, ALONE, integrator, SERIAL, MGRIT, PARADIAG))
 
 
@@ -230,20 +228,22 @@ def test_taylor_orders(make, integrator, solver, length):
 
 # -- process grids -----------------------------------------------------------------------------------------------------
 GRIDS = {1: ["1x1"], 2: ["1x2", "2x1"], 4: ["2x2"]}.get(MPI.COMM_WORLD.size, [])
+NOT_ON_FOUR = pytest.mark.grid if MPI.COMM_WORLD.size == 4 else ()
 
 
 @pytest.mark.parallel([2, 4])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(
     ("make", "integrator", "solvers"),
-    [
+    [  # the last two on two ranks only
         (lambda st: heat(st, conduction(exp)), "SDIRK2", (SERIAL, MGRIT, C_POINTS, PARADIAG)),
         (lambda st: maxwell(st, eliminate=1), "ImplicitMidpoint", (MGRIT, PARADIAG)),
-        (lambda st: maxwell(st, eliminate=1), "leapfrog", (MGRIT,)),
-        (
+        pytest.param(lambda st: maxwell(st, eliminate=1), "leapfrog", (MGRIT,), marks=NOT_ON_FOUR),
+        pytest.param(
             lambda st: heat(st, capacity_and_convection(exp), ("P2", "R"), walls="inhomogeneous"),
             "BackwardEuler",
             (MGRIT,),
+            marks=NOT_ON_FOUR,
         ),
     ],
     ids=["conductivity", "maxwell", "leapfrog", "capacity"],

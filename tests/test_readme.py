@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +36,23 @@ def table(first_cell):
 BLOCKS = blocks(README)
 
 
+@cache
+def executed(number):
+    """What a block defines, together with the blocks before that it goes on with."""
+    names = {}
+    if "(heat, pf.PointSensors" in BLOCKS[number]:  # a block that goes on with the evolution of the first one
+        names |= executed(0)
+        assert "posterior" not in names
+    if "pf.Experiments" in BLOCKS[number]:  # and one that goes on with the sensors of the second one, too
+        names |= executed(1)
+    exec(compile(BLOCKS[number], f"README block {number}", "exec"), names)
+    return names
+
+
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_block(number):
-    names = {}
-    if "(heat, pf.PointSensors" in BLOCKS[number]:  # a block that goes on with the evolution of the first one
-        exec(compile(BLOCKS[0], "README block 0", "exec"), names)
-        assert "posterior" not in names
-    if "pf.Experiments" in BLOCKS[number]:  # and one that goes on with the sensors of the second one, too
-        for before in range(2):
-            exec(compile(BLOCKS[before], f"README block {before}", "exec"), names)
-    exec(compile(BLOCKS[number], f"README block {number}", "exec"), names)
+    names = executed(number)
     if "conductivity" in names:
         J, result = names["J"], names["result"]
         assert J.problem.value(result.x) < J.problem.value(np.zeros(J.layout.size))

@@ -97,7 +97,13 @@ SPACES = {
 
 
 @pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize(("kind", "apart"), [*((kind, 1) for kind in SPACES), ("CG1", 2), ("vector", 2)])
+@pytest.mark.parametrize(
+    ("kind", "apart"),
+    [
+        *(("CG1", 1), ("CG2", 1), ("DG1", 1), ("vector", 2)),
+        *(pytest.param(*case, marks=pytest.mark.slow_on_ranks) for case in (("CG3", 1), ("vector", 1), ("CG1", 2))),
+    ],
+)
 def test_interpolation_and_averages(kind, apart):
     """P keeps linear functions, R P keeps constants, and R too; boundary values are injected, corrections vanish
     there.
@@ -162,6 +168,10 @@ FIELDS = {
 }
 
 
+ON_RANKS = {2: ("Maxwell", "Maxwell, degree 2", "Maxwell 3-D"), 3: ("Darcy", "BDM", "Maxwell 3-D")}
+"""Fields that are transferred between meshes on several ranks."""
+
+
 def mixed(kind, refinements=1, comm=MPI.COMM_WORLD):
     """The mixed space on the two finest meshes, and its conditions on one side."""
     elements, dim, field = FIELDS[kind]
@@ -174,7 +184,13 @@ def mixed(kind, refinements=1, comm=MPI.COMM_WORLD):
 
 
 @pytest.mark.parallel([1, 2, 3])
-@pytest.mark.parametrize("kind", FIELDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in ON_RANKS.get(MPI.COMM_WORLD.size, FIELDS) else pytest.mark.grid)
+        for kind in FIELDS
+    ],
+)
 def test_moments(kind):
     """Restriction keeps fields that are constant, and P the same ones; corrections vanish under a condition, residuals
     that are zero there stay zero; transposes are exact.
@@ -377,7 +393,7 @@ def test_what_the_coarse_mesh_does_not_see_decays_with_the_fine_steps():
 
 
 @pytest.mark.parallel(3)
-@pytest.mark.parametrize(("make", "per_step"), [(functional, False), (functional, True), (nonlinear, True)])
+@pytest.mark.parametrize(("make", "per_step"), [(functional, True), (nonlinear, True)])
 def test_same_bits_on_three_time_ranks(make, per_step):
     """On two: below, where two ranks share the meshes."""
     many = pf.SpaceTime()

@@ -38,6 +38,8 @@ class ControlSet:
         All, in the order in which they come; those with one value per step; all, the static ones first.
     dt, nsteps : float, int
         Of the controls with one value per step.
+    reproducible : bool
+        Whether one of the evolutions is, so that the solves for its controls have to be.
 
     Raises
     ------
@@ -69,6 +71,7 @@ class ControlSet:
             )
         first = (moving or list(own))[0]
         self.dt, self.nsteps = first.dt, first.nsteps
+        self.reproducible = any(ev.reproducible for ev in own)
         self._only = first if len(own) == 1 and isinstance(first, Evolution) else None
 
     def __getattr__(self, name: str) -> Any:

@@ -258,7 +258,7 @@ def over_tape(size: Size, repeats: int, say: Callable[[str], object], weight: fl
         result = by_kkt(posed)
         # TAO stops at the tolerance, not at the gradient that the KKT system happens to reach
         result = replace(result, gradient_norm=GTOL * result.history[0].gradient_norm)
-        forms = lambda given, comm: heat(given.cells, 1, weight, comm)
+        forms = lambda given, spacetime: heat(given.cells, 1, weight, spacetime.space_comm)
         given = argparse.Namespace(cells=size.cells, steps=size.steps, integrator=integrator)
         found = compare_control(posed, result, given, forms=forms, seconds=ours, say=say)
         where = f"{integrator}, {size.steps} steps, weight {weight:g}"
