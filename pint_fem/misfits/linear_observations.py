@@ -15,25 +15,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import ufl
-from firedrake import Function, TestFunction, derivative
-from firedrake.assemble import get_assembler
 from firedrake.petsc import PETSc
-from mpi4py import MPI
 from numpy.typing import ArrayLike
-from ufl.algorithms import expand_derivatives, extract_coefficients
 
 from pint_fem.errors import InputError
-from pint_fem.evolution.private_copies import data_of
-from pint_fem.evolution.quadrature import with_fixed_degrees
-from pint_fem.kernels.arrays import as_rows, get
+from pint_fem.kernels.arrays import as_rows
 from pint_fem.kernels.block_operator import BlockOperator
 from pint_fem.kernels.direct import added
+from pint_fem.misfits.functional_rows import FunctionalRows
 from pint_fem.misfits.sensor_readings import SensorReadings
 
 __all__ = ["LinearObservations"]
-
-_ROUND_OFF = 1e-14
-"""A functional's value for the zero state relative to the sum of its coefficients' magnitudes, if it is linear."""
 
 
 class LinearObservations(SensorReadings):
@@ -118,51 +110,11 @@ class LinearObservations(SensorReadings):
     # -- the rows ------------------------------------------------------------------------------------------------------
     def _find_sensors(self) -> None:
         """Assemble the functionals' rows."""
-        self.local, self._data = np.arange(len(self._functionals)), set()
-        rows = np.array([self._row(number, form) for number, form in enumerate(self._functionals)])
-        self._H, self._H_T = BlockOperator(_sparse(rows)), BlockOperator(_sparse(rows.T))
-
-    def _row(self, number: int, given: ufl.Form) -> np.ndarray:
-        """Own values of the derivative of a functional, ``(n,)`` (collective over space).
-
-        Raises
-        ------
-        InputError
-            If the functional is not linear in the state, or contains what it must not.
-        """
-        evolution, name = self.evolution, self._name(number)
-        form, t = evolution.functional(given, name)
-        coefficients = set(extract_coefficients(form))
-        if t is not None:
-            raise InputError(f"{name} contains the time t, but sensors are the same at all times: give it without")
-        if {*evolution.controls, *map(evolution.copies.variable, evolution.posed.sought)} & coefficients:
-            raise InputError(f"{name} contains a control, but observations are functions of the state: give it without")
-        if evolution.u not in coefficients:
-            raise InputError(f"{name} does not contain the evolution's state u")
-        self._data |= set(data_of(form))
-        form = with_fixed_degrees(form)
-        gradient = expand_derivatives(derivative(form, evolution.u, TestFunction(evolution.V)))
-        if evolution.u in extract_coefficients(gradient):
-            raise InputError(
-                f"{name} is not linear in the state u: RunningMisfit and TerminalMisfit take any functional"
-            )
-        row = np.zeros(evolution.state_size) if gradient.empty() else get(get_assembler(gradient).assemble())
-        size = evolution.V.mesh().comm.allreduce(float(np.abs(row).sum()), op=MPI.SUM)
-        if not np.isfinite(size) or size == 0:
-            raise InputError(
-                f"{name} is {'zero' if size == 0 else 'not finite'} for all states: correct its data, or the number of "
-                "its region or boundary"
-            )
-        without = expand_derivatives(ufl.replace(form, {evolution.u: ufl.classes.Zero(evolution.u.ufl_shape)}))
-        if without.empty():
-            return row
-        value = float(get_assembler(ufl.replace(form, {evolution.u: Function(evolution.V)})).assemble())
-        if not abs(value) <= _ROUND_OFF * size:
-            raise InputError(
-                f"{name} has the value {value:g} for the state zero and is not linear: leave out terms without u, and "
-                "subtract their values from the readings"
-            )
-        return row
+        rows = FunctionalRows(self.evolution)
+        found = [_entries(rows.row(form, self._name(number))) for number, form in enumerate(self._functionals)]
+        self.local, self._data = np.arange(len(self._functionals)), rows.data
+        matrix = _sparse(found, self.evolution.state_size)
+        self._H, self._H_T = BlockOperator(matrix), BlockOperator(matrix.transpose(PETSc.Mat()))
 
     def _at_sensors(self, U: np.ndarray) -> np.ndarray:
         """Values of the functionals of states ``(..., n)``, ``(..., functionals)`` (collective over space)."""
@@ -177,11 +129,16 @@ class LinearObservations(SensorReadings):
         return added(self._H.nbytes, self._H_T.nbytes)
 
 
-def _sparse(rows: np.ndarray) -> PETSc.Mat:
-    """The entries of an array that are not zero as a matrix of this process."""
-    row, column = np.nonzero(rows)
-    starts = np.searchsorted(row, np.arange(len(rows) + 1)).astype(PETSc.IntType)
-    csr = (starts, column.astype(PETSc.IntType), np.ascontiguousarray(rows[row, column]))
-    matrix = PETSc.Mat().createAIJ(rows.shape, csr=csr, comm=PETSc.COMM_SELF)
+def _entries(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places and values of the entries of a row that are not zero."""
+    column = np.flatnonzero(row)
+    return column.astype(PETSc.IntType), row[column]
+
+
+def _sparse(rows: Sequence[tuple[np.ndarray, np.ndarray]], columns: int) -> PETSc.Mat:
+    """The matrix of this process with the given entries in its rows."""
+    starts = np.concatenate([[0], np.cumsum([len(column) for column, _ in rows])]).astype(PETSc.IntType)
+    csr = (starts, *(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+    matrix = PETSc.Mat().createAIJ((len(rows), columns), csr=csr, comm=PETSc.COMM_SELF)
     matrix.assemble()
     return matrix
