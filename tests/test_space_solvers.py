@@ -222,6 +222,20 @@ def test_units_do_not_matter(scale):
     assert residuals(A, X[[0, 2]], B[[0, 2]]) < 1e-10
 
 
+@pytest.mark.parallel(2)
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_multigrid_of_matrices_beyond_single_precision(scale, monkeypatch):
+    monkeypatch.setattr(pint_fem.kernels.direct, "REDUNDANT", 0)
+    monkeypatch.setattr(choice, "LARGEST_FACTOR", 0)
+    monkeypatch.setattr(choice, "MOST_DIAGONAL", 5)
+    A, geometry = matrix_of(mesh_of(2, 16), h=1.0, fixed=False)
+    A.scale(scale)
+    factor = Factor(A, {}, symmetric=True, geometry=geometry)
+    assert "multigrid" in factor.description
+    B = sources(A, 2)
+    assert residuals(A, factor.solve_rows(B), B) < 1e-10
+
+
 @pytest.mark.parallel([1, 2])
 def test_boundary_values_do_not_hide_the_inside():
     """The residual of the inside is reduced beside boundary values that are much larger."""

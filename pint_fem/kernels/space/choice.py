@@ -42,6 +42,7 @@ MOST_DIAGONAL, MOST_MULTIGRID = 100, 60
 """Iterations above which a preconditioner is not taken."""
 EXPECTED = 12
 """Iterations that multigrid is expected to take before it is set up."""
+_RANGE = 1e15  # of entries on a diagonal that need no scaling for single precision
 LARGEST_FACTOR = 200_000_000
 """Nonzeros of a rank's factor above which there is none: 1.6 GB."""
 
@@ -221,6 +222,7 @@ def _multigrid(matrix: PETSc.Mat, block: BlockMatrix, geometry: Geometry | None,
     geometric = has_hierarchy(geometry)
     if requires_patches(geometry.space) and not geometric:
         return None
+    matrix = _in_range(matrix)
     for kind in ("geometric", "algebraic")[0 if geometric else 1 :]:
         if kind == "algebraic" and requires_patches(geometry.space):
             continue
@@ -233,3 +235,17 @@ def _multigrid(matrix: PETSc.Mat, block: BlockMatrix, geometry: Geometry | None,
         if found is not None:
             return found
     return None
+
+
+def _in_range(matrix: PETSc.Mat) -> PETSc.Mat:
+    """The matrix, or a multiple of it by a power of two whose diagonal is in the range of single precision: a
+    preconditioner may be of any multiple (collective).
+    """
+    diagonal = matrix.getDiagonal()
+    least, largest = diagonal.min()[1], diagonal.max()[1]
+    diagonal.destroy()
+    if not 0 < least or (least > 1 / _RANGE and largest < _RANGE):
+        return matrix
+    scaled = matrix.copy()
+    scaled.scale(2.0 ** -round((np.log2(least) + np.log2(largest)) / 2))
+    return scaled
