@@ -20,7 +20,7 @@ from pint_fem.spacetime import SpaceTime
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
     from pint_fem.inverse.inference.regularisation_choice import RegularisationCurve
@@ -208,6 +208,7 @@ def plot_sensors(
         ax.legend(fontsize=8, loc="upper right")
     right.hist((predicted - measured).ravel(), bins=40, color="0.6")
     right.set(xlabel="fit - reading", ylabel="readings", title="residuals of all sensors")
+    right.xaxis.set(major_locator=MaxNLocator(6))
     fig.suptitle(title)
     _save(fig, path, 110)
 
@@ -318,6 +319,18 @@ def plot_convergence(
     _save(fig, path, 110)
 
 
+def _label(axis) -> None:
+    """Give the ticks of a drawn logarithmic axis as many labels as fit, and at least two."""
+    decades = np.ptp(np.log10(axis.get_view_interval()))
+    if decades < 0.7:  # there may be none of the others
+        locator = MaxNLocator(5)
+    elif decades < 3:
+        locator = LogLocator(subs=(1, 2, 5) if decades < 1.7 else (1, 3))
+    else:
+        return
+    axis.set(major_locator=locator, minor_formatter=NullFormatter(), major_formatter="{x:g}")
+
+
 def plot_regularisation(path: Path, curve: RegularisationCurve, choices: dict[str, float], *, readings: int) -> None:
     """Draw the L-curve of a posterior, and its misfit, generalised cross-validation and evidence over the weight of the
     prior, with the weights that were chosen, by the names of the methods.
@@ -325,7 +338,7 @@ def plot_regularisation(path: Path, curve: RegularisationCurve, choices: dict[st
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     left.loglog(curve.misfit, curve.size, "C0-", lw=1)
     left.set(xlabel="squared residual", ylabel="squared size in the prior's norm", title="L-curve")
-    left.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter(), major_formatter="{x:g}")
+    _label(left.xaxis)
     right.loglog(curve.alpha, curve.misfit / readings, "C0-", label="squared residual / readings")
     right.loglog(curve.alpha, curve.gcv / readings, "C1-", label="generalised cross-validation / readings")
     right.axhline(1, color="C0", lw=0.5)

@@ -21,6 +21,7 @@ from firedrake import (
     dS,
     ds,
     dx,
+    exp,
     grad,
     inner,
     lt,
@@ -34,6 +35,7 @@ import pint_fem as pf
 from pint_fem.collective import on_first_rank
 from pint_fem.errors import InputError
 from pint_fem.kernels.arrays import get
+from pint_fem.misfits.functional_rows import FunctionalRows
 from pint_fem.propagators.tape import recording
 from tests.heat import heat, point_and_direction
 from tests.meshes import square
@@ -280,23 +282,26 @@ def refused(change):
     pf.TimeParallelReducedFunctional(ev, observations, spacetime=st, solver_parameters=SERIAL)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda u, q, t, p: u * dx, "give functionals as a list"),
-    (lambda u, q, t, p: [], "give functionals as a list"),
-    (lambda u, q, t, p: [u * dx, u], "functional 1 is not a UFL functional"),
-    (lambda u, q, t, p: [u * TestFunction(p.V) * dx], "functional 0 is not a UFL functional"),
-    (lambda u, q, t, p: [u * dx, u**2 * dx], "functional 1 is not linear in the state u"),
-    (lambda u, q, t, p: [abs(u) * dx], "functional 0 is not linear"),
-    (lambda u, q, t, p: [(u - p.x) * dx], "functional 0 has the value -0.5 for the state zero"),
-    (lambda u, q, t, p: [q * u * dx], "functional 0 contains a control"),
-    (lambda u, q, t, p: [u * dx + q * dx], "functional 0 contains a control"),
-    (lambda u, q, t, p: [t * u * dx], "functional 0 contains the time t"),
-    (lambda u, q, t, p: [pf.time_function(p.mesh) * u * dx], "contains the Function 't' beside"),
-    (lambda u, q, t, p: [Dt(u) * dx], r"functional 0 contains Dt\(u\)"),
-    (lambda u, q, t, p: [Function(p.V) * dx], "functional 0 does not contain the evolution's state u"),
-    (lambda u, q, t, p: [Constant(0.0) * u * dx], "functional 0 is zero for all states"),
-    (lambda u, q, t, p: [Constant(np.nan) * u * dx], "functional 0 is not finite for all states"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda u, q, t, p: u * dx, "give functionals as a list"),
+        (lambda u, q, t, p: [], "give functionals as a list"),
+        (lambda u, q, t, p: [u * dx, u], "functional 1 is not a UFL functional"),
+        (lambda u, q, t, p: [u * TestFunction(p.V) * dx], "functional 0 is not a UFL functional"),
+        (lambda u, q, t, p: [u * dx, u**2 * dx], "functional 1 is not linear in the state u"),
+        (lambda u, q, t, p: [abs(u) * dx], "functional 0 is not linear"),
+        (lambda u, q, t, p: [(u - p.x) * dx], "functional 0 has the value -0.5 for the state zero"),
+        (lambda u, q, t, p: [q * u * dx], "functional 0 contains a control"),
+        (lambda u, q, t, p: [u * dx + q * dx], "functional 0 contains a control"),
+        (lambda u, q, t, p: [t * u * dx], "functional 0 contains the time t"),
+        (lambda u, q, t, p: [pf.time_function(p.mesh) * u * dx], "contains the Function 't' beside"),
+        (lambda u, q, t, p: [Dt(u) * dx], r"functional 0 contains Dt\(u\)"),
+        (lambda u, q, t, p: [Function(p.V) * dx], "functional 0 does not contain the evolution's state u"),
+        (lambda u, q, t, p: [Constant(0.0) * u * dx], "functional 0 is zero for all states"),
+        (lambda u, q, t, p: [Constant(np.nan) * u * dx], "functional 0 is not finite for all states"),
+    ],
+)
 def test_refused(change, words):
     with pytest.raises(InputError, match=words):
         refused(change)
@@ -314,3 +319,60 @@ def test_functionals_that_differ_between_ranks_are_refused():
     observations = pf.LinearObservations([(1 + (COMM_WORLD.rank == 1)) * ev.u * dx], [ev.dt], [[0.0]])
     with pytest.raises(InputError, match="the functionals of LinearObservations"):
         pf.TimeParallelReducedFunctional(ev, observations, spacetime=st, solver_parameters=SERIAL)
+
+
+class Alike(Heat):
+    """Functionals of the same form with other data, also shared ones and such that only look the same."""
+
+    def functionals(self, u):
+        a, b, c = map(Constant, (0.5, -1.5, 2.5))
+        short, long = Constant((1.0, 3.0)), Constant((2.0, -1.0, 4.0))
+        f, g = (Function(self.V).interpolate(e) for e in (self.x, self.y**2))
+        h = Function(FunctionSpace(self.mesh, "DG", 0)).interpolate(self.x)
+        self.given = [a, b, c, short, long, f, g, h]
+        return [
+            a * u * dx + b * u * ds(2),
+            b * u * dx + c * u * ds(2),  # b was the second one
+            c * u * dx + a * u * ds(2),  # in the other order
+            a * u * dx + a * u * ds(2),
+            *(w[0] * u * dx for w in (short, long)),
+            *(w * u * dx for w in (f, g, h)),
+            g * u * dx(7),
+        ]  # fmt: skip
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.filterwarnings("ignore:changed after the functional was made")
+def test_functionals_of_one_form_have_their_own_data():
+    """Rows are those of Firedrake one by one, also after the data have changed."""
+    posed = Alike(COMM_WORLD)
+    forms = posed.functionals(posed.u)
+    q, st = Function(posed.Q), pf.SpaceTime((COMM_WORLD.size, 1))
+    ev = pf.Evolution(
+        posed.residual([Dt(posed.u)], posed.u, q), posed.u,
+        tableau=pf.BackwardEuler(), dt=DT, nsteps=STEPS, control=q, bcs=posed.bcs,
+    )  # fmt: skip
+    observations = pf.LinearObservations(forms, [DT], np.zeros((1, len(forms))))
+    rf = pf.TimeParallelReducedFunctional(ev, observations, spacetime=st, solver_parameters=SERIAL)
+    for factor in (1.0, -0.7):
+        for datum in posed.given:
+            datum.assign(datum * factor if isinstance(datum, Function) else factor * datum.dat.data_ro)
+        rf.update_data()
+        expected = [get(assemble(derivative(f, posed.u, TestFunction(posed.V)))) for f in forms]
+        found = rf.problem.misfits[0].impulses(range(len(forms)))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-15)
+
+
+def test_functionals_that_differ_in_data_are_compiled_once():
+    ev = heat(square(4, COMM_SELF), steps=2).private()
+    rows, places = FunctionalRows(ev), [(0.1, 0.2), (0.6, 0.7), (0.9, 0.4)]
+    x = SpatialCoordinate(ev.V.mesh())
+    for place in places:
+        rows.row(exp(-inner(x - Constant(place), x - Constant(place))) * ev.posed.u * dx, "a functional")
+    assert rows.forms == 1
+    with pytest.raises(InputError, match="another one is zero for all states"):
+        rows.row(Constant(0.0) * ev.posed.u * dx, "another one")
+    rows.row(Constant(1.0) * ev.posed.u * dx, "another one")
+    assert rows.forms == 2
+    with pytest.raises(InputError, match="a third one is not finite"):
+        rows.row(Constant(np.inf) * ev.posed.u * dx, "a third one")

@@ -53,6 +53,7 @@ class FunctionalRows:
 
     @property
     def forms(self) -> int:
+        """Number of different forms among the functionals so far."""
         return len(self._shared)
 
     def row(self, given: ufl.Form, name: str) -> np.ndarray:

@@ -40,7 +40,11 @@ class LinearObservations(SensorReadings):
     ----------
     functionals
         UFL functionals that are linear in the evolution's ``u``, such as ``u/area*dx(1)`` or
-        ``-kappa*dot(grad(u), n)*ds(2)``, of any fields and components.
+        ``-kappa*dot(grad(u), n)*ds(2)``, of any fields and components. In tetrahedra give integrands that are no
+        polynomials, such as ``exp(-x[0]**2)*u``, a rule of degree 5, ``dx(degree=5)``, or a high one: the points of
+        FIAT's rules of degrees other than 1, 2 and 5 depend on the order of a cell's vertices, so that values differ
+        between numbers of ranks in space by as much as the rule is inexact. Functionals that differ only in functions
+        and constants share one compiled form.
     times
         ``(times,)``, increasing, within the evolution's interval.
     values
