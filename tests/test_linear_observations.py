@@ -282,26 +282,23 @@ def refused(change):
     pf.TimeParallelReducedFunctional(ev, observations, spacetime=st, solver_parameters=SERIAL)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda u, q, t, p: u * dx, "give functionals as a list"),
-        (lambda u, q, t, p: [], "give functionals as a list"),
-        (lambda u, q, t, p: [u * dx, u], "functional 1 is not a UFL functional"),
-        (lambda u, q, t, p: [u * TestFunction(p.V) * dx], "functional 0 is not a UFL functional"),
-        (lambda u, q, t, p: [u * dx, u**2 * dx], "functional 1 is not linear in the state u"),
-        (lambda u, q, t, p: [abs(u) * dx], "functional 0 is not linear"),
-        (lambda u, q, t, p: [(u - p.x) * dx], "functional 0 has the value -0.5 for the state zero"),
-        (lambda u, q, t, p: [q * u * dx], "functional 0 contains a control"),
-        (lambda u, q, t, p: [u * dx + q * dx], "functional 0 contains a control"),
-        (lambda u, q, t, p: [t * u * dx], "functional 0 contains the time t"),
-        (lambda u, q, t, p: [pf.time_function(p.mesh) * u * dx], "contains the Function 't' beside"),
-        (lambda u, q, t, p: [Dt(u) * dx], r"functional 0 contains Dt\(u\)"),
-        (lambda u, q, t, p: [Function(p.V) * dx], "functional 0 does not contain the evolution's state u"),
-        (lambda u, q, t, p: [Constant(0.0) * u * dx], "functional 0 is zero for all states"),
-        (lambda u, q, t, p: [Constant(np.nan) * u * dx], "functional 0 is not finite for all states"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda u, q, t, p: u * dx, "give functionals as a list"),
+    (lambda u, q, t, p: [], "give functionals as a list"),
+    (lambda u, q, t, p: [u * dx, u], "functional 1 is not a UFL functional"),
+    (lambda u, q, t, p: [u * TestFunction(p.V) * dx], "functional 0 is not a UFL functional"),
+    (lambda u, q, t, p: [u * dx, u**2 * dx], "functional 1 is not linear in the state u"),
+    (lambda u, q, t, p: [abs(u) * dx], "functional 0 is not linear"),
+    (lambda u, q, t, p: [(u - p.x) * dx], "functional 0 has the value -0.5 for the state zero"),
+    (lambda u, q, t, p: [q * u * dx], "functional 0 contains a control"),
+    (lambda u, q, t, p: [u * dx + q * dx], "functional 0 contains a control"),
+    (lambda u, q, t, p: [t * u * dx], "functional 0 contains the time t"),
+    (lambda u, q, t, p: [pf.time_function(p.mesh) * u * dx], "contains the Function 't' beside"),
+    (lambda u, q, t, p: [Dt(u) * dx], r"functional 0 contains Dt\(u\)"),
+    (lambda u, q, t, p: [Function(p.V) * dx], "functional 0 does not contain the evolution's state u"),
+    (lambda u, q, t, p: [Constant(0.0) * u * dx], "functional 0 is zero for all states"),
+    (lambda u, q, t, p: [Constant(np.nan) * u * dx], "functional 0 is not finite for all states"),
+])
 def test_refused(change, words):
     with pytest.raises(InputError, match=words):
         refused(change)
@@ -324,21 +321,25 @@ def test_functionals_that_differ_between_ranks_are_refused():
 class Alike(Heat):
     """Functionals of the same form with other data, also shared ones and such that only look the same."""
 
+    def pose(self):
+        self.early = Function(FunctionSpace(self.mesh, "CG", 1)).interpolate(2 - self.y)  # before the state
+        super().pose()
+
     def functionals(self, u):
         a, b, c = map(Constant, (0.5, -1.5, 2.5))
         short, long = Constant((1.0, 3.0)), Constant((2.0, -1.0, 4.0))
         f, g = (Function(self.V).interpolate(e) for e in (self.x, self.y**2))
         h = Function(FunctionSpace(self.mesh, "DG", 0)).interpolate(self.x)
-        self.given = [a, b, c, short, long, f, g, h]
+        self.given = [a, b, c, short, long, f, g, h, self.early]
         return [
             a * u * dx + b * u * ds(2),
             b * u * dx + c * u * ds(2),  # b was the second one
             c * u * dx + a * u * ds(2),  # in the other order
             a * u * dx + a * u * ds(2),
             *(w[0] * u * dx for w in (short, long)),
-            *(w * u * dx for w in (f, g, h)),
+            *(w * u * dx for w in (f, g, h, self.early)),
             g * u * dx(7),
-        ]  # fmt: skip
+        ]
 
 
 @pytest.mark.parallel([1, 2])

@@ -14,8 +14,8 @@ So derivatives are exactly those of the values. Firedrake and pyadjoint estimate
 where no rule is exact, their gradient is that of another quadrature. To compare with them give a degree,
 ``dx(degree=4)``.
 
-FIAT's rules for tetrahedra, but for those of degrees 1, 2 and 5, are not symmetric: their points in a cell depend on the
-order of its vertices, which follows the numbering of the mesh and is another one on another number of ranks in space.
+FIAT's rules for tetrahedra, except those of degrees 1, 2 and 5, are not symmetric: their points in a cell depend on
+the order of its vertices, which follows the numbering of the mesh and is another on another number of ranks in space.
 Integrals of polynomials up to the degree do not change with it, all others change by as much as the rule is inexact.
 """
 
