@@ -114,8 +114,8 @@ def test_the_view_names_the_solvers(monkeypatch):
 @pytest.mark.starts_mpi
 def test_the_benchmark_compares_one_rank_with_two(tmp_path):
     command = [sys.executable, "-m", "tests.benchmarks.space", "--cases", "small", "--steps", "2", "--repeats", "1"]
-    subprocess.run(["mpiexec", "-n", "2", *command, "--out", str(tmp_path)], check=True, timeout=240)
-    found = json.loads((tmp_path / "space.json").read_text())
+    subprocess.run(["mpiexec", "-n", "2", *command, "--details", str(tmp_path / "all.json")], check=True, timeout=240)
+    found = json.loads((tmp_path / "all.json").read_text())
     assert set(found) == {"cube 8", "square 16"}
     for case in found.values():
         assert case["one"]["J"] == pytest.approx(case["many"]["J"], rel=1e-10)

@@ -31,6 +31,7 @@ from irksome import Dt
 from mpi4py import MPI
 
 import pint_fem as pf
+from tests.benchmarks.rows import row
 
 CASES = {
     "cube 32": (UnitCubeMesh, 3, 32),
@@ -107,24 +108,38 @@ def compared(name, case, steps, repeats, out):
     out[name] = {"one": one, "many": many, "ratios": ratios, "goal": GOALS.get(name)}
 
 
+def rows_of(name, found, steps):
+    """The ratios of a case, two ranks beside one."""
+    one, many = found["one"], found["many"]
+    return [
+        row("r", f"{name}, {key}: ranks in space over one", many[key], one[key], steps, found["goal"], at_most=False)
+        for key in ("state", "gradient")
+    ]
+
+
 def main():
     """Measure the cases and write them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default="all", help="'all', 'small' (for tests), or names separated by commas")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    parser.add_argument("--quick", action="store_true", help="the smallest case only")
+    parser.add_argument("--details", type=Path, help="JSON file of all figures")
+    parser.add_argument("--out", type=Path, help="JSON file of the ratios, for the table of all benchmarks")
     args = parser.parse_args()
     every = CASES | SMALL
-    names = {"all": list(CASES), "small": list(SMALL)}.get(args.cases, args.cases.split(","))
+    largest = list(CASES)[: 1 if args.quick else None]
+    names = {"all": largest, "small": list(SMALL)}.get(args.cases, args.cases.split(","))
     if unknown := [name for name in names if name not in every]:
         parser.error(f"cases {', '.join(unknown)}: give some of {', '.join(every)}")
     out = {}
     for name in names:
         compared(name, every[name], args.steps, args.repeats, out)
     if MPI.COMM_WORLD.rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "space.json").write_text(json.dumps(out, indent=2))
+        if args.details:
+            args.details.write_text(json.dumps(out, indent=1))
+        if args.out:
+            args.out.write_text(json.dumps([vars(r) for name in names for r in rows_of(name, out[name], args.steps)]))
 
 
 if __name__ == "__main__":
