@@ -2,13 +2,13 @@
 
 Heat conduction, P1 on a 64 x 64 unit square: (a, b, d) 256 steps, medians of the repeats; (c, e) 512 and 4,096 steps,
 on one rank and on two, see ``time_parallel``; (f) ParaDiag on heat and waves, see ``paradiag``, and nonlinear
-evolutions, see ``nonlinear``; (k) solves on lanes, see ``lanes``; (n) linear inverse problems by the map from controls
-to readings, see ``linear_inverse`` (milliseconds of a whole inversion); (p) a log-conductivity beside a source and
-several experiments beside one, see ``coefficients``; (q) optimal control by KKT systems, see ``optimal_control``; (r) ranks
-in space, see ``space``; then PyMGRIT and XBraid's ex-02, see ``compare``; (l) training steps of residual networks, see ``layers``; and the table of
-optimisers, see ``optimisers`` (serial pyadjoint with TAO's LMVM). Two things that make up a ratio are timed in turn, so
-that a busy machine slows both. ``--quick`` shortens all but (c, e) and ParaDiag. A missed target is reported and is no
-error.
+evolutions, see ``nonlinear``; (k) solves on lanes, see ``lanes``; (n) linear inverse problems by the map from
+controls to readings, see ``linear_inverse`` (milliseconds of a whole inversion); (p) a log-conductivity beside a
+source and several experiments beside one, see ``coefficients``; (q) optimal control by KKT systems, see
+``optimal_control``; (r) ranks in space, see ``space``; then PyMGRIT and XBraid's ex-02, see ``compare``; (l) training
+steps of residual networks, see ``layers``; and the table of optimisers, see ``optimisers`` (serial pyadjoint with
+TAO's LMVM). Two things that make up a ratio are timed in turn, so that a busy machine slows both. ``--quick``
+shortens all but (c, e) and ParaDiag. A missed target is reported and is no error.
 """
 
 from __future__ import annotations
