@@ -139,6 +139,20 @@ def test_substructuring_solves_to_round_off(dim, n, family):
     assert solver.solve(B[:0]).shape == (0, B.shape[1])
 
 
+@pytest.mark.parallel([2, 3])
+def test_roots_and_determinants():
+    """The product of the root with its transpose is the inverse, column by column; by dense algebra."""
+    A, _ = matrix_of(mesh_of(2, 7))
+    dense = whole_matrix(A).toarray()
+    partition = Partition.of_matrix(A)
+    solver = Substructuring(partition, partition.tree())
+    own = solver.root(np.eye(len(dense)))
+    root = np.concatenate(A.comm.tompi4py().allgather(own.T))
+    assert np.allclose(root @ root.T @ dense, np.eye(len(dense)), rtol=0, atol=1e-11)
+    assert solver.log_det == pytest.approx(np.linalg.slogdet(dense)[1], rel=1e-12)
+    assert np.array_equal(solver.root(np.eye(len(dense))[3:4])[0], own[3])
+
+
 @pytest.mark.parallel(3)
 def test_ranks_without_interior_or_interface():
     """More ranks than the matrix has blocks of coupled unknowns, and a rank with a single row."""

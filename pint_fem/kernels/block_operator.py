@@ -17,6 +17,7 @@ from pint_fem.kernels.lanes.structures import kernels
 from pint_fem.kernels.replication import Replication, whole_matrix
 from pint_fem.kernels.space.compiled import block_kernels
 from pint_fem.kernels.space.matrices import BlockMatrix
+from pint_fem.kernels.space.substructuring import Substructuring
 from pint_fem.kernels.steps import execution
 
 __all__ = ["BlockOperator", "ManySolves"]
@@ -123,13 +124,25 @@ class ManySolves:
 
     @property
     def has_root(self) -> bool:
-        """Whether there is :meth:`root`: the matrix is positive definite, and its factors are triangular ones."""
+        """Whether there are :meth:`root` and :attr:`log_det`: the matrix is positive definite and solved directly, by
+        triangular factors or by substructuring.
+        """
+        if isinstance(self.factor.blocks, Substructuring):
+            return True
         return self.factor.triangular is not None and self.factor.triangular.is_positive
+
+    @property
+    def log_det(self) -> float:
+        """Logarithm of the determinant of the matrix (collective)."""
+        blocks = self.factor.blocks
+        return blocks.log_det if isinstance(blocks, Substructuring) else self.factor.triangular.log_det
 
     def root(self, rows: np.ndarray) -> np.ndarray:
         """The products ``(k, n)`` of a matrix ``S``, ``S S^T = A^{-1}``, with vectors ``(k, total)`` that are the same
-        on all ranks; own unknowns of the results. All ranks compute all of them, as for solves.
+        on all ranks; own unknowns of the results (collective).
         """
+        if isinstance(self.factor.blocks, Substructuring):
+            return self.factor.blocks.root(rows)
         out = np.empty((len(rows), self.size))
         most = max(1, int(self._COPIED / max(1, self.total)))
         for first in range(0, len(rows), most):

@@ -183,7 +183,7 @@ class FormField(GaussianField):
         if not definite:
             raise InputError(_NOT_DEFINITE.format(name=name))
         if self.solves.has_root:
-            self.log_det_precision = self.solves.factor.triangular.log_det
+            self.log_det_precision = self.solves.log_det
 
     def _is_definite(self) -> bool:
         """Whether the matrix is positive definite and not singular to round-off: by the signs of the pivots, or by the
@@ -193,7 +193,7 @@ class FormField(GaussianField):
         if triangular is not None and not triangular.is_positive:
             return False
         start = np.cos(1.0 + np.arange(self._replication.own.start, self._replication.own.stop) ** 2)[None]
-        if triangular is None:
+        if not self.solves.has_root:
             self._scaled_root(start)
         for _ in range(3):
             x = self._scaled(self.solves, start, 1 / self._scale)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from firedrake.petsc import PETSc
@@ -62,6 +63,10 @@ class Partition:
         The interior's block, its couplings to ``touched``, and the own rows of the interface's block.
     order : ndarray
         An order of elimination of the interior.
+    first : int
+        Number of the first own row among all.
+    numbers : ndarray
+        Rows of the interface among all.
     """
 
     comm: MPI.Comm
@@ -73,6 +78,8 @@ class Partition:
     coupling: csr_matrix
     interface: csr_matrix
     order: np.ndarray
+    first: int
+    numbers: np.ndarray
 
     @classmethod
     def of_matrix(cls, matrix: PETSc.Mat, order: np.ndarray | None = None) -> Partition | None:
@@ -112,7 +119,7 @@ class Partition:
                 order = None
         if not all_ranks(comm, order is not None):
             return None
-        return cls(comm, interior, own, counts, touched, inside, coupling, interface, order)
+        return cls(comm, interior, own, counts, touched, inside, coupling, interface, order, first, every)
 
     @property
     def whole(self) -> csr_matrix:
@@ -166,6 +173,9 @@ class Substructuring:
         lower = Lower(made.lower)
         none, ones = Lower.identity(self._size), aligned(self._size)
         ones[:] = 1.0
+        self._log_det = float(np.log(made.diagonal).sum())
+        self._root_of_inverse = np.empty(self._size)
+        self._root_of_inverse[tree.order] = np.sqrt(inverse)
         self._forward = self._steps(TriangularFactors.of_parts(tree.order, lower, none, inverse))
         self._backward = self._steps(TriangularFactors.of_parts(tree.order, none, lower, ones))
         self._lower = lower
@@ -249,21 +259,25 @@ class Substructuring:
             start += width
         return out
 
+    @staticmethod
+    def _products(matrix: np.ndarray, states: np.ndarray) -> np.ndarray:
+        """The products ``(k, rows)`` of a full matrix with states ``(k, columns)``, for each as if it were alone."""
+        (rows, columns), count = matrix.shape, len(states)
+        out, begin = np.empty((count, rows)), 0
+        while begin < count and rows:
+            lanes = lanes_for(count - begin)
+            some = min(lanes, count - begin)
+            x, y = np.zeros((columns, lanes)), np.empty((rows, lanes))
+            x[:, :some] = states[begin : begin + some].T
+            block_kernels(lanes).full(rows, columns, matrix.ctypes.data, x.ctypes.data, y.ctypes.data)
+            out[begin : begin + some] = y[:, :some].T
+            begin += some
+        return out
+
     def _interface_solution(self, sources: np.ndarray) -> np.ndarray:
         """The interface's unknowns ``(k, total)`` (collective)."""
         comm, (count, total) = self.partition.comm, sources.shape
-        first, last = self._bounds[comm.rank : comm.rank + 2]
-        own = np.empty((count, last - first))
-        begin = 0
-        while begin < count and last > first:
-            lanes = lanes_for(count - begin)
-            some = min(lanes, count - begin)
-            x, y = np.zeros((total, lanes)), np.empty((last - first, lanes))
-            x[:, :some] = sources[begin : begin + some].T
-            full = block_kernels(lanes).full
-            full(last - first, total, self._inverse.ctypes.data, x.ctypes.data, y.ctypes.data)
-            own[begin : begin + some] = y[:, :some].T
-            begin += some
+        own = self._products(self._inverse, sources)
         sizes = count * np.diff(self._bounds)
         received = np.empty(count * total)
         comm.Allgatherv(own, [received, sizes])
@@ -271,6 +285,46 @@ class Substructuring:
         for rank in range(comm.size):
             a, b = self._bounds[rank : rank + 2]
             out[:, a:b] = received[count * a : count * b].reshape(count, b - a)
+        return out
+
+    @cached_property
+    def _interface_root(self) -> np.ndarray:
+        """A lower triangular matrix whose product with its transpose is the inverse Schur complement (collective)."""
+        total, comm = int(self.partition.counts.sum()), self.partition.comm
+        whole = np.empty((total, total))
+        comm.Allgatherv(self._inverse, [whole, total * np.diff(self._bounds)])
+        root, failed = dpotrf(np.asfortranarray(whole), lower=1, clean=1) if total else (whole, 0)
+        if failed:
+            raise ArithmeticError("the inverse Schur complement of a matrix is not positive definite")
+        made = aligned(root.shape)
+        made[...] = root
+        return made
+
+    @property
+    def log_det(self) -> float:
+        """Logarithm of the determinant of the matrix (collective)."""
+        inside = float(sum(self.partition.comm.allgather(self._log_det)))
+        return inside - 2 * float(np.log(self._interface_root.diagonal()).sum())
+
+    def root(self, rows: np.ndarray) -> np.ndarray:
+        r"""The products ``(k, n)`` of a matrix ``T``, ``T T^T = A^{-1}``, with vectors ``(k, total)`` that are the same
+        on all ranks; own unknowns of the results (collective).
+
+        With :math:`S^{-1} = C C^T`, the interface has :math:`C w_\Gamma` and an interior
+        :math:`L^{-T} (D^{-1/2} w - L_{\Gamma}^T C w_\Gamma)`, which is backward substitution.
+        """
+        p, count, inside = self.partition, len(rows), len(self.partition.interior)
+        out = np.empty((count, inside + len(p.own_interface)))
+        if not count:
+            return out
+        values = self._products(self._interface_root, rows[:, p.numbers])
+        local, result = np.empty((count, self._size)), np.empty((count, 1, self._size))
+        local[:, :inside] = self._root_of_inverse[:inside] * rows[:, p.first + p.interior]
+        local[:, inside:] = values[:, p.touched]
+        self._backward.run(local, result)
+        out[:, p.interior] = result[:, 0, :inside]
+        start = int(p.counts[: p.comm.rank].sum())
+        out[:, p.own_interface] = values[:, start : start + len(p.own_interface)]
         return out
 
     @property
