@@ -193,9 +193,11 @@ class ConjugateGradients:
             (pq,) = self._dots(lanes, (p, q))
             wrong = ~done & ~((pq > 0) & (rz > 0))
             if wrong.any():
-                if number and (size[wrong] <= 1e3 * goal[wrong]).all():
-                    return  # round-off of the search direction: the true residual decides
-                raise ArithmeticError("a matrix, or its preconditioner, is not positive definite")
+                if not number or not (size[wrong] <= 1e3 * goal[wrong]).all():
+                    raise ArithmeticError("a matrix, or its preconditioner, is not positive definite")
+                done |= wrong  # round-off of the search direction: the true residual decides
+                if done.all():
+                    return
             alpha = np.divide(rz, pq, out=np.zeros(lanes), where=~done & (pq > 0))
             combine(alpha, p, ones, x)
             combine(-alpha, q, ones, r)
