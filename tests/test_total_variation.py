@@ -520,7 +520,8 @@ def test_the_result_does_not_depend_on_the_ranks(grid):
     assert results[0].value == pytest.approx(results[1].value, rel=1e-9)
     if grid == "time":
         assert results[0].iterations == results[1].iterations
-        np.testing.assert_allclose(results[0].x, results[1].x, rtol=0, atol=1e-7)
+        # both stop at a gradient of 1e-7, which round-off decides the last digits of
+        np.testing.assert_allclose(results[0].x, results[1].x, rtol=0, atol=1e-6)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
