@@ -59,7 +59,7 @@ def test_a_rank_without_memory_for_factors_leaves_none_waiting(what, monkeypatch
         elif what == "tree":
             monkeypatch.setattr(substructuring.Partition, "tree", fails)
         else:
-            monkeypatch.setattr(substructuring, "cho_factor", fails)
+            monkeypatch.setattr(substructuring, "_rows_of_inverse", fails)
     factor = Factor(A, {}, symmetric=True, geometry=geometry)
     assert not isinstance(factor.blocks, substructuring.Substructuring)
     B = sources(A, 2)
