@@ -18,7 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pint_fem.all_at_once.grids import split_steps
-from pint_fem.all_at_once.norms import euclidean
+from pint_fem.all_at_once.norms import euclidean, sum_in_rank_order
 from pint_fem.collective import on_first_rank
 from pint_fem.communicators import ProcessGrid
 from pint_fem.errors import InputError
@@ -342,11 +342,7 @@ class SpaceTime(ProcessGrid):
 
         The result is bitwise identical on every rank, and an entry's does not depend on the length of the array.
         """
-        if self.space_comm.size == 1 or not values.size:
-            return values
-        parts = np.empty((self.space_comm.size, *values.shape))
-        self.space_comm.Allgather(np.ascontiguousarray(values, dtype=float), parts)
-        return np.add.reduce(parts, axis=0)
+        return sum_in_rank_order(values, self.space_comm)
 
     def sum_over_grid(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small array over all ranks of a group, bitwise identical on each of them (collective over these)."""

@@ -250,7 +250,7 @@ def test_programs_write_before_they_read(name):
         assert np.array_equal(results[0][:1], results[1])
         assert np.isfinite(results[0]).all()
         by_petsc = PetscSteps(program, COMM_WORLD)
-        for vector in by_petsc._vectors.values():
+        for vector in by_petsc.vectors.values():
             vector[:] = np.nan
         out = np.empty((1, 2, n))
         by_petsc.run(u[:1], out)

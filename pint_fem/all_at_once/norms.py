@@ -15,7 +15,7 @@ from mpi4py import MPI
 from pint_fem.all_at_once.arrays import Array, is_tensor, norms_of_rows
 from pint_fem.all_at_once.grids import Bounds
 
-__all__ = ["PointNorms", "euclidean", "gather_in_order", "norm_over_time"]
+__all__ = ["PointNorms", "euclidean", "gather_in_order", "norm_over_time", "sum_in_rank_order"]
 
 PointNorms = Callable[[Array], Array]
 
@@ -64,3 +64,14 @@ def gather_in_order(values: np.ndarray, comm: MPI.Comm, bounds: Bounds | None = 
     out = np.empty(((places[-1] + counts[-1]) // width, *values.shape[1:]))
     comm.Allgatherv(values, [out, counts, places, MPI.DOUBLE])
     return out
+
+
+def sum_in_rank_order(values: np.ndarray, comm: MPI.Comm) -> np.ndarray:
+    """Sum of a small array over the ranks of a communicator, in their order (collective): bitwise identical on every
+    rank and in each run, and an entry's does not depend on the length of the array.
+    """
+    if comm.size == 1 or not values.size:
+        return values
+    parts = np.empty((comm.size, *values.shape))
+    comm.Allgather(np.ascontiguousarray(values, dtype=float), parts)
+    return np.add.reduce(parts, axis=0)

@@ -5,7 +5,7 @@ This module requires petsc4py and petsctools, not Firedrake.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from mpi4py import MPI
@@ -26,6 +26,7 @@ __all__ = [
     "is_large",
     "matrix_bytes",
     "require_finite",
+    "solves_accurately",
     "trial_residual",
     "with_finite_entries",
 ]
@@ -148,10 +149,26 @@ def with_finite_entries(matrix: PETSc.Mat) -> PETSc.Mat:
     return like
 
 
-def trial_residual(ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> float:
-    """Solve for ``x``; the largest entry of ``A x - b`` (collective)."""
-    ksp.solve(b, x)
-    matrix, r = ksp.getOperators()[0], b.duplicate()
+def solves_accurately(matrix: PETSc.Mat, solve: Callable[[PETSc.Vec, PETSc.Vec], None], limit: float) -> bool:
+    """Whether the residual of a trial solve, ``solve(b, x)``, is at most ``limit`` times the norms of the terms that it
+    is the difference of (collective).
+    """
+    x, b = matrix.createVecs()
+    start, stop = b.getOwnershipRange()
+    b.array[:] = np.cos(np.arange(start, stop) ** 2)
+    residual, norm = trial_residual(matrix, solve, b, x), PETSc.NormType.NORM_INFINITY
+    accurate = residual <= limit * (matrix.norm(norm) * x.norm(norm) + b.norm(norm))
+    x.destroy()
+    b.destroy()
+    return bool(accurate)
+
+
+def trial_residual(
+    matrix: PETSc.Mat, solve: Callable[[PETSc.Vec, PETSc.Vec], None], b: PETSc.Vec, x: PETSc.Vec
+) -> float:
+    """Solve for ``x`` by ``solve(b, x)``; the largest entry of ``A x - b`` (collective)."""
+    solve(b, x)
+    r = b.duplicate()
     matrix.mult(x, r)
     r.axpy(-1.0, b)
     residual = r.norm(PETSc.NormType.NORM_INFINITY)

@@ -19,7 +19,7 @@ from pint_fem.kernels.direct import (
     is_finite,
     is_large,
     matrix_bytes,
-    trial_residual,
+    solves_accurately,
 )
 from pint_fem.kernels.lanes.structures import kernels
 from pint_fem.kernels.lanes.triangular import ACCURATE, TriangularFactors
@@ -194,15 +194,12 @@ class Factor:
 
     def _is_accurate(self, ksp: PETSc.KSP, matrix: PETSc.Mat) -> bool:
         """Whether a trial solve is accurate to round-off: CHOLMOD factors indefinite matrices too, without pivots."""
-        x, b = matrix.createVecs()
-        start, stop = b.getOwnershipRange()
-        b.array[:] = np.cos(np.arange(start, stop) ** 2)
-        residual, norm = trial_residual(ksp, b, x), PETSc.NormType.NORM_INFINITY
-        self._check()
-        limit = ACCURATE * (matrix.norm(norm) * x.norm(norm) + b.norm(norm))
-        x.destroy()
-        b.destroy()
-        return residual <= limit
+
+        def solve(b: PETSc.Vec, x: PETSc.Vec) -> None:
+            ksp.solve(b, x)
+            self._check()
+
+        return solves_accurately(matrix, solve, ACCURATE)
 
     def _set_up(self, matrix: PETSc.Mat, parameters: dict, singular: PETSc.Mat | None = None) -> PETSc.KSP:
         """A solver of a regular matrix, or of the singular one that it was made of with it as preconditioner."""

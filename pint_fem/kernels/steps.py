@@ -7,7 +7,7 @@ take all steps of it on copies; larger ones are solved on blocks of states
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
@@ -23,6 +23,7 @@ from pint_fem.kernels.lanes.structures import WIDTHS
 from pint_fem.kernels.replication import Replication, whole_matrix
 from pint_fem.kernels.space.block_steps import BlockSteps
 from pint_fem.kernels.space.compiled import block_kernels
+from pint_fem.kernels.space.program_vectors import ProgramVectors
 
 __all__ = ["PetscSteps", "Steps", "execution"]
 
@@ -163,7 +164,7 @@ class _ReplicatedSteps:
         return self._lanes.work_nbytes(states) + 8 * self._lanes.arrays * copied * self._replication.total
 
 
-class PetscSteps:
+class PetscSteps(ProgramVectors):
     """A step program executed by PETSc's products and solvers, for one state after another.
 
     Parameters
@@ -175,19 +176,8 @@ class PetscSteps:
     """
 
     def __init__(self, program: StepProgram, comm: MPI.Comm):
-        self.program = program
-        self._rows = np.concatenate([program.parts[part] for part in program.vectors[STATE]])
-        self._place = np.argsort(self._rows)
-        self._slices: dict[tuple[str, str | None], slice] = {}
-        self._vectors: dict[str, np.ndarray] = {}
-        for name, parts in program.vectors.items():
-            first = 0
-            for part in parts:
-                size = len(program.parts[part])
-                self._slices[name, part] = slice(first, first + size)
-                first += size
-            self._slices[name, None] = slice(0, first)
-            self._vectors[name] = np.zeros(first)
+        super().__init__(program)
+        self.vectors.update((name, np.zeros(size)) for name, size in self.sizes.items())
         # by part, not by size: parts with equal sizes on one rank have other ones on the next
         vec = lambda size: PETSc.Vec().createMPI((size, None), comm=comm)
         self._comm, self._in, self._out = comm, {}, {}
@@ -195,11 +185,7 @@ class PetscSteps:
             if op.kind in ("multiply", "solve"):
                 for vectors, name, part in ((self._in, op.x, op.x_part), (self._out, op.out, op.part)):
                     if self._key(name, part) not in vectors:
-                        vectors[self._key(name, part)] = vec(len(self._view(name, part)))
-        calls = dict(multiply=self._multiply, solve=self._solve, copy=self._copy, add=self._add, zero=self._zero,
-                     clear=self._clear, project=self._project,
-                     blend=self._blend, exchange=self._exchange)  # fmt: skip
-        self._calls: dict[str, Callable[[Operation], None]] = calls
+                        vectors[self._key(name, part)] = vec(len(self.view(name, part)))
 
     @property
     def in_single(self) -> PetscSteps:
@@ -210,7 +196,7 @@ class PetscSteps:
     def nbytes(self) -> dict[str, int]:
         """Bytes of the work vectors."""
         vecs = [*self._in.values(), *self._out.values()]
-        return {"vectors": sum(v.nbytes for v in self._vectors.values()) + 8 * sum(v.local_size for v in vecs)}
+        return {"vectors": sum(v.nbytes for v in self.vectors.values()) + 8 * sum(v.local_size for v in vecs)}
 
     def work_nbytes(self, states: int) -> int:
         """Zero, as programs share no memory."""
@@ -230,25 +216,22 @@ class PetscSteps:
         ArithmeticError, PETSc.Error
             If a solver fails.
         """
-        state = self._vectors[STATE]
         for lane in range(out.shape[0]):
-            state[:] = u[lane][self._rows]
+            self.vectors[STATE][:] = u[lane][self._rows]
             for step in range(out.shape[1]):
                 for op in self.program.operations:
                     if op.kind in ("load", "store"):
                         given = states[op.what] if op.what < len(states) else None
                         if given is not None and op.kind == "load":
-                            self._vectors[op.out] += given[lane, step][self._rows]
+                            self.vectors[op.out] += given[lane, step][self._rows]
                         elif given is not None:
-                            given[lane, step] = self._vectors[op.out][self._place]
+                            given[lane, step] = self.vectors[op.out][self._place]
                     else:
-                        self._calls[op.kind](op)
+                        self.calls[op.kind](op)
+                state = self.vectors[STATE]
                 if added is not None:
                     state += added[lane, step][self._rows]
                 out[lane, step] = state[self._place]
-
-    def _view(self, name: str, part: str | None) -> np.ndarray:
-        return self._vectors[name][self._slices[name, part]]
 
     def _key(self, name: str, part: str | None) -> str | tuple[str, ...]:
         """The part of a vector, or all of its parts."""
@@ -256,47 +239,20 @@ class PetscSteps:
         return parts if part is None and len(parts) > 1 else part or parts[0]
 
     def _multiply(self, op: Operation) -> None:
-        x, y = self._view(op.x, op.x_part), self._view(op.out, op.part)
         a, b = self._in[self._key(op.x, op.x_part)], self._out[self._key(op.out, op.part)]
-        a.array[:] = x
+        a.array[:] = self.view(op.x, op.x_part)
         op.what.mult(a, b)
-        if op.flag:
-            y *= op.scale
-            y += op.factor * b.array_r
-        else:
-            np.multiply(b.array_r, op.factor, out=y)
+        self.combine(op, b.array_r)
 
     def _solve(self, op: Operation) -> None:
-        y, key = self._vectors[op.out], self._key(op.out, None)
+        y, key = self.vectors[op.out], self._key(op.out, None)
         a, b = self._in[key], self._out[key]
         a.array[:] = y
         op.what.solve_regular(a, b, transposed=op.flag)
         y[:] = b.array_r
 
-    def _copy(self, op: Operation) -> None:
-        np.multiply(self._view(op.x, op.x_part), op.factor, out=self._view(op.out, op.part))
-
-    def _add(self, op: Operation) -> None:
-        y = self._view(op.out, op.part)
-        y += op.factor * self._view(op.x, op.x_part)
-
-    def _blend(self, op: Operation) -> None:
-        y = self._vectors[op.out]
-        y *= op.factor
-        y += (1.0 - op.factor) * self._vectors[op.x]
-
-    def _exchange(self, op: Operation) -> None:
-        y = self._vectors[op.out]
-        y[:], self._vectors[op.x][:] = self._vectors[op.x].copy(), y.copy()
-
-    def _zero(self, op: Operation) -> None:
-        self._vectors[op.out][:] = 0
-
-    def _clear(self, op: Operation) -> None:
-        self._vectors[op.out][self._place[op.what]] = 0
-
     def _project(self, op: Operation) -> None:
-        y, v = self._vectors[op.out], op.what
+        y, v = self.vectors[op.out], op.what
         part = float(v @ y)
         if self._comm.size > 1:
             part = self._comm.allreduce(part)

@@ -114,7 +114,7 @@ class UpdatableFactor:
         self.matrix.mult(x, b)
         try:
             self.ksp = self._set_up(0)
-            residual = trial_residual(self.ksp, b, x)
+            residual = trial_residual(self.ksp.getOperators()[0], self.ksp.solve, b, x)
         except PETSc.Error as error:  # a pivot is zero
             if not is_numerical(error):
                 raise

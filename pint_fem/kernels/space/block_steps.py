@@ -5,13 +5,15 @@ Every product and every solve communicates once for all states of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.norms import sum_in_rank_order
 from pint_fem.kernels.lanes.program import STATE, Operation, StepProgram
-from pint_fem.kernels.space.matrices import BlockMatrix, sum_over_ranks
+from pint_fem.kernels.space.matrices import BlockMatrix
+from pint_fem.kernels.space.program_vectors import ProgramVectors
 
 __all__ = ["BlockSteps"]
 
@@ -19,7 +21,7 @@ MOST = 32
 """States that are stepped together."""
 
 
-class BlockSteps:
+class BlockSteps(ProgramVectors):
     """A step program executed by products and solves on blocks of states.
 
     Parameters
@@ -31,28 +33,12 @@ class BlockSteps:
     """
 
     def __init__(self, program: StepProgram, comm: MPI.Comm):
-        self.program, self._comm = program, comm
-        self._rows = np.concatenate([program.parts[part] for part in program.vectors[STATE]])
-        self._place = np.argsort(self._rows)
-        self._plain = np.array_equal(self._rows, np.arange(program.size))
-        self._slices: dict[tuple[str, str | None], slice] = {}
-        self._sizes: dict[str, int] = {}
-        for name, parts in program.vectors.items():
-            first = 0
-            for part in parts:
-                size = len(program.parts[part])
-                self._slices[name, part] = slice(first, first + size)
-                first += size
-            self._slices[name, None], self._sizes[name] = slice(0, first), first
+        super().__init__(program)
+        self._comm, self._plain = comm, np.array_equal(self._rows, np.arange(program.size))
         self._matrices: dict[int, BlockMatrix] = {}
         for op in program.operations:
             if op.kind == "multiply" and op.what.handle not in self._matrices:
                 self._matrices[op.what.handle] = BlockMatrix.of_petsc(op.what)
-        calls = dict(multiply=self._multiply, solve=self._solve, copy=self._copy, add=self._add, zero=self._zero,
-                     clear=self._clear, project=self._project,
-                     blend=self._blend, exchange=self._exchange)  # fmt: skip
-        self._calls: dict[str, Callable[[Operation], None]] = calls
-        self._vectors: dict[str, np.ndarray] = {}
 
     @property
     def in_single(self) -> BlockSteps:
@@ -66,7 +52,7 @@ class BlockSteps:
 
     def work_nbytes(self, states: int) -> int:
         """Bytes of the vectors of a call with a number of states."""
-        return 8 * min(states, MOST) * sum(self._sizes.values())
+        return 8 * min(states, MOST) * sum(self.sizes.values())
 
     def run(
         self,
@@ -85,15 +71,15 @@ class BlockSteps:
         for first in range(0, out.shape[0], MOST):
             rows = slice(first, min(first + MOST, out.shape[0]))
             count = rows.stop - rows.start
-            self._vectors = {name: np.zeros((count, size)) for name, size in self._sizes.items()}
-            self._vectors[STATE][:] = u[rows] if self._plain else u[rows][:, self._rows]
+            self.vectors = {name: np.zeros((count, size)) for name, size in self.sizes.items()}
+            self.vectors[STATE][:] = u[rows] if self._plain else u[rows][:, self._rows]
             for step in range(out.shape[1]):
                 self._step(rows, step, states)
-                state = self._vectors[STATE]
+                state = self.vectors[STATE]
                 if added is not None:
                     state += self._given(added[rows, step])
                 out[rows, step] = state if self._plain else state[:, self._place]
-        self._vectors = {}
+        self.vectors = {}
 
     def _given(self, values: np.ndarray) -> np.ndarray:
         """States in the order of the vectors."""
@@ -102,54 +88,25 @@ class BlockSteps:
     def _step(self, rows: slice, step: int, states: Sequence[np.ndarray | None]) -> None:
         for op in self.program.operations:
             if op.kind not in ("load", "store"):
-                self._calls[op.kind](op)
+                self.calls[op.kind](op)
                 continue
             given = states[op.what] if op.what < len(states) else None
             if given is not None and op.kind == "load":
-                self._vectors[op.out] += self._given(given[rows, step])
+                self.vectors[op.out] += self._given(given[rows, step])
             elif given is not None:
-                vector = self._vectors[op.out]
+                vector = self.vectors[op.out]
                 given[rows, step] = vector if self._plain else vector[:, self._place]
 
-    def _view(self, name: str, part: str | None) -> np.ndarray:
-        return self._vectors[name][:, self._slices[name, part]]
-
     def _multiply(self, op: Operation) -> None:
-        y, matrix = self._view(op.out, op.part), self._matrices[op.what.handle]
-        found = np.empty((len(y), matrix.rows))
-        matrix.product_of_rows(self._view(op.x, op.x_part), found)
-        if op.flag:
-            y *= op.scale
-            y += op.factor * found
-        else:
-            np.multiply(found, op.factor, out=y)
+        x, matrix = self.view(op.x, op.x_part), self._matrices[op.what.handle]
+        found = np.empty((len(x), matrix.rows))
+        matrix.product_of_rows(x, found)
+        self.combine(op, found)
 
     def _solve(self, op: Operation) -> None:
-        self._vectors[op.out][:] = op.what.solve_rows(self._vectors[op.out], transposed=op.flag)
-
-    def _copy(self, op: Operation) -> None:
-        np.multiply(self._view(op.x, op.x_part), op.factor, out=self._view(op.out, op.part))
-
-    def _add(self, op: Operation) -> None:
-        y = self._view(op.out, op.part)
-        y += op.factor * self._view(op.x, op.x_part)
-
-    def _blend(self, op: Operation) -> None:
-        y = self._vectors[op.out]
-        y *= op.factor
-        y += (1.0 - op.factor) * self._vectors[op.x]
-
-    def _exchange(self, op: Operation) -> None:
-        vectors = self._vectors
-        vectors[op.out], vectors[op.x] = vectors[op.x], vectors[op.out]
-
-    def _zero(self, op: Operation) -> None:
-        self._vectors[op.out][:] = 0
-
-    def _clear(self, op: Operation) -> None:
-        self._vectors[op.out][:, self._place[op.what]] = 0
+        self.vectors[op.out][:] = op.what.solve_rows(self.vectors[op.out], transposed=op.flag)
 
     def _project(self, op: Operation) -> None:
-        y, v = self._vectors[op.out], op.what
-        parts = sum_over_ranks(self._comm, np.array([float(v @ row) for row in y]))
+        y, v = self.vectors[op.out], op.what
+        parts = sum_in_rank_order(np.array([float(v @ row) for row in y]), self._comm)
         y -= parts[:, None] * v

@@ -24,6 +24,7 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from pint_fem.collective import all_ranks
+from pint_fem.kernels.direct import solves_accurately
 from pint_fem.kernels.lanes.triangular import ACCURATE
 from pint_fem.kernels.multigrid import Geometry
 from pint_fem.kernels.space.compiled import block_kernels
@@ -145,9 +146,10 @@ def block_solver(
     if few and diagonal is not None:
         return diagonal
     entries, rows = (comm.allreduce(float(value), op=MPI.MAX) for value in (block.nnz, block.rows))
-    limit = EXPECTED * (58 * entries + 200 * rows)
+    by_diagonal, by_multigrid = 12 * entries + 100 * rows, 58 * entries + 200 * rows  # bytes of an iteration
+    limit = EXPECTED * by_multigrid
     if diagonal is not None:
-        limit = min(limit, diagonal.expected * (12 * entries + 100 * rows))
+        limit = min(limit, diagonal.expected * by_diagonal)
     direct = _direct(matrix, np.inf if reproducible else limit, like)
     if direct is not None:
         return direct
@@ -156,8 +158,7 @@ def block_solver(
         multigrid = _multigrid(matrix, block, geometry, prefix)
     if multigrid is None or diagonal is None:
         return multigrid or diagonal
-    costs = multigrid.expected * (58 * entries + 200 * rows), diagonal.expected * (12 * entries + 100 * rows)
-    return multigrid if costs[0] < costs[1] else diagonal
+    return multigrid if multigrid.expected * by_multigrid < diagonal.expected * by_diagonal else diagonal
 
 
 def _tried(block: BlockMatrix, comm: MPI.Comm, cycle: MultigridCycle | None, most: int, name: str) -> Iterative | None:
@@ -194,22 +195,11 @@ def _direct(matrix: PETSc.Mat, limit: float, like: BlockSolver | None) -> Substr
         made = Substructuring(partition, tree)
     except ArithmeticError:
         return None
-    return made if _is_accurate(matrix, made) else None
 
+    def solve(b: PETSc.Vec, x: PETSc.Vec) -> None:
+        x.array[:] = made.solve(b.array_r[None])[0]
 
-def _is_accurate(matrix: PETSc.Mat, solver: BlockSolver) -> bool:
-    """Whether the backward error of a trial solve is at round-off (collective)."""
-    x, b = matrix.createVecs()
-    first, last = b.getOwnershipRange()
-    b.array[:] = np.cos(np.arange(first, last, dtype=float) ** 2)
-    x.array[:] = solver.solve(b.array_r[None])[0]
-    r, norm = b.duplicate(), PETSc.NormType.NORM_INFINITY
-    matrix.mult(x, r)
-    r.axpy(-1.0, b)
-    accurate = r.norm(norm) <= ACCURATE * (matrix.norm(norm) * x.norm(norm) + b.norm(norm))
-    for vector in (x, b, r):
-        vector.destroy()
-    return bool(accurate)
+    return made if solves_accurately(matrix, solve, ACCURATE) else None
 
 
 def _multigrid(matrix: PETSc.Mat, block: BlockMatrix, geometry: Geometry | None, prefix: str) -> Iterative | None:

@@ -18,9 +18,10 @@ from typing import Protocol
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.norms import sum_in_rank_order
 from pint_fem.kernels.lanes.compiled import aligned
 from pint_fem.kernels.space.compiled import block_kernels, lanes_for
-from pint_fem.kernels.space.matrices import BlockMatrix, sum_over_ranks
+from pint_fem.kernels.space.matrices import BlockMatrix
 
 __all__ = ["ConjugateGradients", "Cycle"]
 
@@ -124,7 +125,7 @@ class ConjugateGradients:
                 kernels.squares(n, self._inverse.ctypes.data, a.ctypes.data, row.ctypes.data)
             else:
                 kernels.dots(n, a.ctypes.data, b.ctypes.data, row.ctypes.data)
-        return sum_over_ranks(self.comm, out)
+        return sum_in_rank_order(out, self.comm)
 
     def _solve(self, rows: np.ndarray, out: np.ndarray, lanes: int) -> None:
         x, p, b, r, z, q, single = self._work(lanes)
@@ -168,7 +169,7 @@ class ConjugateGradients:
         """Squares ``(lanes,)`` of the norms ``(x^T D x)^(1/2)``."""
         kernels, out = block_kernels(lanes), np.zeros((1, lanes))
         kernels.squares(self.matrix.rows, self._diagonal.ctypes.data, x.ctypes.data, out.ctypes.data)
-        return sum_over_ranks(self.comm, out)[0]
+        return sum_in_rank_order(out, self.comm)[0]
 
     def _iterate(self, lanes, goal, done, x, p, r, z, q, single) -> None:
         """Iterate until the residuals, by their recurrence, are at the goal; ``x`` and ``r`` are updated."""

@@ -10,20 +10,9 @@ from scipy.sparse import csr_matrix
 from pint_fem.kernels.lanes.compiled import aligned
 from pint_fem.kernels.space.compiled import block_kernels, lanes_for
 
-__all__ = ["BlockMatrix", "Halo", "sum_over_ranks"]
+__all__ = ["BlockMatrix", "Halo"]
 
 _TAG = 71
-
-
-def sum_over_ranks(comm: MPI.Comm, values: np.ndarray) -> np.ndarray:
-    """The sum of a small array over the ranks, in their order: the same on all of them and in each run, and for an
-    entry whatever the array's length (collective).
-    """
-    if comm.size == 1:
-        return values
-    parts = np.empty((comm.size, *values.shape), values.dtype)
-    comm.Allgather(np.ascontiguousarray(values), parts)
-    return np.add.reduce(parts, axis=0)
 
 
 class Halo:

@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.all_at_once.norms import sum_in_rank_order
 from pint_fem.kernels.lanes.lane_steps import LaneSteps
 from pint_fem.kernels.lanes.program import STATE, StepProgram
 from pint_fem.kernels.lanes.triangular import TriangularFactors
 from pint_fem.kernels.replication import Replication
 from pint_fem.kernels.space.compiled import block_kernels
-from pint_fem.kernels.space.matrices import BlockMatrix, sum_over_ranks
+from pint_fem.kernels.space.matrices import BlockMatrix
 
 __all__ = ["CoarsestLevel", "Level", "MultigridCycle", "Smoother", "largest_eigenvalue"]
 
@@ -86,7 +87,7 @@ def largest_eigenvalue(matrix: BlockMatrix, apply: Any, comm: MPI.Comm) -> float
 def _dot(kernels: Any, comm: MPI.Comm, n: int, x: np.ndarray, y: np.ndarray) -> float:
     out = np.empty((1, 1))
     kernels.dots(n, x.ctypes.data, y.ctypes.data, out.ctypes.data)
-    return float(sum_over_ranks(comm, out)[0, 0])
+    return float(sum_in_rank_order(out, comm)[0, 0])
 
 
 class Smoother:

@@ -23,16 +23,14 @@ from pint_fem.kernels.space.matrices import BlockMatrix
 
 __all__ = ["requires_patches", "star_patches"]
 
-_FAMILIES = ("Nedelec", "N1curl", "N2curl", "Raviart-Thomas", "RT", "RTE", "RTF", "RTCE", "RTCF", "NCE", "NCF", "BDM",
-             "Brezzi-Douglas-Marini", "N1div", "N2div")  # fmt: skip
 _BATCH = 4_000_000
 """Entries of patches that are inverted at a time, about."""
 
 
 def requires_patches(space: WithGeometry) -> bool:
     """Whether multigrid in a space requires patches: it is one of edge or face elements."""
-    mapping = space.finat_element.mapping if len(space) == 1 and not space.value_shape == () else "affine"
-    return str(mapping) in ("covariant piola", "contravariant piola") or space.ufl_element().family() in _FAMILIES
+    mapping = getattr(space.finat_element, "mapping", None) if len(space) == 1 else None
+    return mapping in ("covariant piola", "contravariant piola")
 
 
 def star_patches(matrix: PETSc.Mat, space: WithGeometry) -> BlockMatrix:
