@@ -11,7 +11,7 @@ in the same order, and get the same answer, or an exception each.
 * :func:`collectively`: calls a function on all ranks and raises on all of them what it raises on some;
 * :func:`on_first_rank`: calls a function on rank 0 and returns its result on all ranks;
 * :func:`ending_all_ranks`: ends the run where one rank exits by itself;
-* :func:`end_run_if_uncaught`: ends the run where one rank does not catch what it alone raises.
+* :func:`end_run_if_uncaught`: ends the run where one rank does not catch what it alone raises, or is interrupted.
 
 If rank 3 raises an exception, the others raise one of the same kind, with that of rank 3 as its ``__cause__`` where it
 can be pickled. Where ranks fail differently, the first kind of this table is raised:
@@ -31,7 +31,9 @@ of them raise :class:`~pint_fem.errors.SolverFailure` with the sweep, level and 
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -350,13 +352,41 @@ def end_run_if_uncaught(comm: MPI.Comm) -> None:
     calls do nothing unless their communicator is larger. Where another program catches the exception, as interactive
     shells and test runners do, nothing happens.
 
+    An interrupt signal (SIGINT) of one rank ends the run of all where it is received, in programs of several ranks that
+    are not interactive and have no handler of their own: as an exception it could arise between two messages, where no
+    rule could bring the ranks together again, or in a destructor, where Python ignores it.
+
     Parameters
     ----------
     comm
         Communicator of ranks that work collectively.
     """
+    if comm.size > 1:
+        _end_run_if_interrupted()
     hook = sys.excepthook
     if isinstance(hook, _UncaughtHook):
         hook.size = max(hook.size, comm.size)
     elif comm.size > 1:
         sys.excepthook = _UncaughtHook(hook, comm)
+
+
+def _end_run_if_interrupted() -> None:
+    """Let SIGINT end the run of all ranks, unless this process is interactive or handles that signal itself."""
+    interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive) or "ipykernel" in sys.modules
+    here = threading.current_thread() is threading.main_thread()
+    if here and not interactive and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_run)
+
+
+def _end_run(_number: int, frame: Any) -> None:
+    """Handler of SIGINT: print where this rank was interrupted, and abort the run of all ranks."""
+    if MPI.Is_finalized():
+        raise KeyboardInterrupt
+    sys.stdout.flush()
+    trace = "".join(traceback.format_stack(frame))
+    sys.stderr.write(
+        f"Traceback (most recent call last):\n{trace}KeyboardInterrupt\n"
+        f"rank {MPI.COMM_WORLD.rank} is interrupted, which ends the run of all ranks\n"
+    )
+    sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(130)

@@ -19,7 +19,7 @@ from mpi4py import MPI
 
 from pint_fem.all_at_once.grids import split_steps
 from pint_fem.all_at_once.norms import euclidean, sum_in_rank_order
-from pint_fem.collective import on_first_rank
+from pint_fem.collective import end_run_if_uncaught, on_first_rank
 from pint_fem.communicators import ProcessGrid
 from pint_fem.errors import InputError
 from pint_fem.logs import logger
@@ -135,6 +135,7 @@ class SpaceTime(ProcessGrid):
         experiments: int | None = None,
     ):
         super().__init__(comm, grid, {"space": space, "time": time, "experiments": experiments}, optional=1)
+        end_run_if_uncaught(comm)
         self.space_size, self.time_size, self.experiments_size = self.shape
         self._group: SpaceTime | None = None
         self.prints = True

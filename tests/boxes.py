@@ -108,7 +108,8 @@ def run_demo(program, quantity, folder, *options):
     assert summary["result"]["converged"]
     memory = summary["memory"]
     assert done.stdout.index("memory stated before the run") < done.stdout.index("memory measured")
-    assert memory["measured_peak"] >= memory["process_after_set_up"] > 0
+    # Linux counts a process's pages per core and brings the two figures up to date at different times
+    assert memory["measured_peak"] >= 0.97 * memory["process_after_set_up"] > 0
     assert memory["arrays_of_sweeps"] > 0
     assert memory["stated_peak"] < 1.5 * memory["measured_peak"]
     for name, panels in ((f"{quantity}.png", 3), ("sensors.png", 1), ("convergence.png", 2)):

@@ -28,6 +28,7 @@ from mpi4py import MPI
 
 import pint_fem as pf
 import pint_fem.kernels.direct
+from tests.limits import HANG, patience
 from tests.logs import logged
 
 SOLVERS = {
@@ -114,7 +115,8 @@ def test_the_view_names_the_solvers(monkeypatch):
 @pytest.mark.starts_mpi
 def test_the_benchmark_compares_one_rank_with_two(tmp_path):
     command = [sys.executable, "-m", "tests.benchmarks.space", "--cases", "small", "--steps", "2", "--repeats", "1"]
-    subprocess.run(["mpiexec", "-n", "2", *command, "--details", str(tmp_path / "all.json")], check=True, timeout=240)
+    command += ["--details", str(tmp_path / "all.json")]
+    subprocess.run(["mpiexec", "-n", "2", *command], check=True, timeout=HANG * patience())
     found = json.loads((tmp_path / "all.json").read_text())
     assert set(found) == {"cube 8", "square 16"}
     for case in found.values():
