@@ -33,12 +33,14 @@ extensions = [
     "sphinx-mathjax-offline",  # formulas without network
     "drawn_pictures",
     "tutorial_pages",
+    "api_pages",
+    "option_tables",
 ]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 exclude_patterns = ["_build", "_ext", "_templates", "pictures", "tutorials/GALLERY_HEADER.rst", "clusters.md"]
 templates_path = ["_templates"]
 language = "en"
-nitpicky = False
+nitpicky = True
 
 # -- Markdown ----------------------------------------------------------------------------------------------------------
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "attrs_inline"]
@@ -47,9 +49,13 @@ myst_dmath_double_inline = True
 
 # -- API reference -----------------------------------------------------------------------------------------------------
 autosummary_generate = True
-autodoc_typehints = "none"  # the docstrings name the types
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 80
+python_display_short_literal_types = True
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
+numpydoc_class_members_toctree = False
 numpydoc_validation_checks = set()
 add_module_names = False
 python_use_unqualified_type_names = True
