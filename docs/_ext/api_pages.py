@@ -1,7 +1,7 @@
 """Pages of the API: which members they show, attributes of base classes, and references to names wherever they are.
 
-A docstring may refer to anything of the package by the module that defines it. Such a reference becomes a link where the
-object has a page, under whatever name, and plain text where it has none; a name that does not exist is a warning.
+A docstring may refer to anything of the package by the module that defines it. Such a reference becomes a link where
+the object has a page, under whatever name, and plain text where it has none; a name that does not exist is a warning.
 """
 
 import ast
@@ -10,9 +10,10 @@ import inspect
 from functools import cache, cached_property
 from pathlib import Path
 
-import pint_fem
 from numpydoc.docscrape import NumpyDocString
 from sphinx.util.nodes import make_refnode
+
+import pint_fem
 
 PACKAGE = Path(pint_fem.__file__).parent
 
@@ -129,7 +130,7 @@ def resolve(app, env, node, contnode):
         return None
     target = node["reftarget"].removesuffix("()")
     context = [node.get("py:module"), ".".join(filter(None, (node.get("py:module"), node.get("py:class"))))]
-    head, _, rest = target.partition(".")
+    head = target.partition(".")[0]
     names = [target, *(f"{place}.{target}" for place in context if place)]
     names += [f"{module}.{target}" for module in defining_modules().get(head, ())]
     domain = env.domains["py"]

@@ -11,7 +11,7 @@ from numpydoc.docscrape import NumpyDocString
 from sphinx.util.docutils import SphinxDirective
 
 KKT = {
-    "ksp_type": "Krylov method: ``fgmres``, ``gmres``, or ``minres`` where the misfit is of the whole state at all steps",
+    "ksp_type": "Krylov method: ``fgmres``, ``gmres``, or ``minres`` for misfits of the whole state at all steps",
     "ksp_rtol": "tolerance relative to the right-hand side's norm of coefficients",
     "ksp_atol": "absolute tolerance",
     "ksp_max_it": "largest number of iterations",
@@ -96,21 +96,31 @@ class FunctionalOptionTable(SolverOptionTable):
         from pint_fem.sweeps.selection import KINDS, READ
 
         rows = {
-            "time_solver": ("``mgrit``", ", ".join(f"``{kind}``" for kind in KINDS), "``auto`` chooses the fastest one by "
-                            "measured times of a step and predicted cycles, and prints the choice"),
-            "typical_rtol": ("", "number", "relative tolerance of most solves, for ``auto``: 1e-2 with an inexact minimiser; "
-                             "default: between ``rtol`` and its square root"),
+            "time_solver": (
+                "``mgrit``",
+                ", ".join(f"``{kind}``" for kind in KINDS),
+                "``auto`` chooses the fastest one by measured times of a step and predicted cycles; it prints it",
+            ),
+            "typical_rtol": (
+                "",
+                "number",
+                "relative tolerance of most solves, for ``auto``: 1e-2 with an inexact minimiser; default: between "
+                "``rtol`` and its square root",
+            ),
             "mgrit": ("", "dictionary", "options of MGRIT, above"),
             "paradiag": ("", "dictionary", "options of ParaDiag, above"),
-        }  # fmt: skip
+        }
         if set(rows) != set(READ):
             raise self.error(f"entries of solver_parameters have changed: {READ}")
         rows |= {
-            "spatial_coarsening": ("none", "list, ``true``", "refinements of a ``MeshHierarchy`` less than on the finest "
-                                   "level, for each coarse level"),
+            "spatial_coarsening": (
+                "none",
+                "list, ``true``",
+                "for each coarse level, the refinements of a ``MeshHierarchy`` less than on the finest level",
+            ),
             "norm": ("``l2``", "``l2``, ``L2``", "norm of residuals: of coefficients, or of functions"),
             "krylov": ("none", "dictionary", "PETSc's options of a Krylov method around the cycles of linear sweeps"),
-        }  # fmt: skip
+        }
         return self.table((f"``{name}``", *row) for name, row in rows.items())
 
 
@@ -122,6 +132,7 @@ class StepOptionTable(SolverOptionTable):
     def run(self):
         """Make the table from the options that the code chooses."""
         from mpi4py import MPI
+
         from pint_fem.kernels.direct import DISTRIBUTED, REDUNDANT, completed, default_solver
 
         text = lambda options: " ".join(f"``-pint_{k} {v}``" for k, v in options.items())
