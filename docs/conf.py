@@ -58,6 +58,7 @@ myst_dmath_double_inline = True
 autosummary_generate = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 80
 python_display_short_literal_types = True
 autodoc_member_order = "bysource"
