@@ -240,8 +240,9 @@ def check_words(words):
     elif program == "make":
         check_make(rest)
     elif rest and not rest[0].startswith("-"):
-        name = tuple(word for word in rest[:2] if word in ("plan", "scaling", "check", "info", "calibrate", "validate"))
-        assert name, f"pint-fem {rest[0]}: there is no such command"
+        known = dict(re.findall(r"^pint-fem (\w+)(?: ([a-z]\w+)\b)?", help_of(()), re.M))
+        assert rest[0] in known, f"pint-fem {rest[0]}: there is no such command"
+        name = tuple(rest[: 2 if known[rest[0]] else 1])
         require_options(rest, set(re.findall(r"--[\w-]+", help_of(name))) | {"--help"})
 
 
