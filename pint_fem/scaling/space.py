@@ -12,9 +12,8 @@ space, ``space_solver``, decides on ``C``, ``a`` and ``b``:
 
 ``"replicated"`` (small systems)
     Every rank has the whole factor and solves whole systems, for its share of the states of a call: :math:`W` states on
-    ``q`` ranks take as long as :math:`W p / q` on ``p``, without exchanges. Fewer states than ranks are stepped on every
-    rank, which is no faster. All unknowns of a share are exchanged before a call, and the own ones of all states after
-    it:
+    ``q`` ranks take as long as :math:`W p / q` on ``p``, without exchanges. Fewer states than ranks are stepped on all
+    of them, which is no faster. All unknowns of a share are exchanged before a call, the own ones of all states after:
 
     .. math::  a(p) = 2 (p - 1)\, \ell, \qquad b(p) = 2\, \frac{8 n}{\beta}\, \frac1p \Bigl(1 - \frac1p\Bigr).
 
