@@ -33,6 +33,7 @@ extensions = [
     "sphinx-mathjax-offline",  # formulas without network
     "drawn_pictures",
     "tutorial_pages",
+    "notebooks",
     "api_pages",
     "option_tables",
 ]

@@ -353,3 +353,63 @@ def test_the_site_builds_without_warnings(tmp_path):
         timeout=240 * patience(),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+# -- the tools of the build --------------------------------------------------------------------------------------------
+@pytest.fixture
+def tools(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    monkeypatch.syspath_prepend(str(DOCS / "_ext"))
+
+
+@pytest.mark.usefixtures("tools")
+def test_broken_links_of_built_pages_are_found(tmp_path):
+    import check_site
+
+    (tmp_path / "sub").mkdir()
+    links = '<a href="sub/b.html#there"></a><a href="#top"></a>'
+    (tmp_path / "a.html").write_text(f'<h1 id="top"></h1>{links}<img src="c.svg">')
+    (tmp_path / "sub" / "b.html").write_text('<p id="there"><a href="../a.html#gone"></a><a href="https://x.org/y"></a>')
+    found, count = check_site.broken_links(tmp_path)
+    assert count == 2
+    assert found == ["a.html: c.svg", "sub/b.html: ../a.html#gone: there is no such place on the page"]
+
+
+@pytest.mark.usefixtures("tools")
+def test_text_of_notebooks_is_markdown():
+    pytest.importorskip("sphinx")
+    from notebooks import markdown
+
+    assert markdown("A :class:`~pint_fem.Misfit` of ``u`` in m\\ :sup:`2`") == "A `Misfit` of `u` in m<sup>2</sup>"
+    assert markdown(":doc:`the page </howto/bounds>` and :doc:`/install`") == "*the page* and *install*"
+    assert markdown("as follows::\n\n    x = 1") == "as follows:\n\n    x = 1"
+    assert markdown("```bash\nmake\n```") == "```bash\nmake\n```"
+
+
+@pytest.mark.usefixtures("tools")
+def test_pages_of_results_have_the_attributes_of_their_base_classes():
+    pytest.importorskip("numpydoc")
+    from api_pages import MISSING, add_inherited_attributes, found_object
+
+    cls = found_object("pint_fem.optimize.TrustRegionResult")
+    lines = cls.__doc__.splitlines()
+    add_inherited_attributes(None, "class", "", cls, None, lines)
+    text = "\n".join(lines)
+    assert text.count("Attributes\n") == 1
+    assert {"value_calls", "converged", "history"} <= set(re.findall(r"\w+", text.partition("Attributes\n")[2]))
+    assert found_object("pint_fem.optimize.TrustRegionResult.histroy") is MISSING
+    assert found_object("pint_fem.optimize.TrustRegionResult.history") is not MISSING
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("cls", [MGRITOptions, ParaDiagOptions])
+def test_tables_of_options_are_complete(cls):
+    pytest.importorskip("numpydoc")
+    from option_tables import option_rows
+
+    rows = list(option_rows(cls, "x_"))
+    assert [name for name, *_ in rows] == [f"``-x_{name}``" for name in cls.names()]
+    assert all(text for *_, text in rows)
+    for name, default, *_ in rows:
+        given = {} if not default else cls.parse({name.strip("`")[3:]: default.strip("`")})
+        assert cls.make(given) == cls(), name
