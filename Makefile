@@ -89,7 +89,7 @@ PIP := $(CLEANENV) $(PY) -m pip install --disable-pip-version-check
 # torch's CPU build where pip finds one; PyPI's own comes with CUDA libraries, several GB: TORCH_INDEX=URL names another index
 TORCH = { $(PIP) 'torch==$(TORCH_VERSION)+cpu' || $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION); }
 
-.PHONY: env ready demo mnist test test-all bench scaling docs lint clean help
+.PHONY: env ready demo mnist test test-all bench scaling docs docs-check lint clean help
 env:  ## the graph below runs two steps at a time (one PETSc configure and the h5py build use one core each)
 	@$(MAKE) --no-print-directory -j2 $(STEPS)/package PYTHON='$(PYTHON)'
 	@$(MAKE) --no-print-directory ready PYTHON='$(PYTHON)'
@@ -166,6 +166,8 @@ docs: env
 	@echo "[docs] pages to $(DOCS); the tutorials are run: a few minutes (ARGS='-D plot_gallery=0' skips that)"
 	@$(RUN) -m sphinx -W --keep-going -b html docs $(DOCS) $(ARGS)
 	@echo "[docs] open $(CURDIR)/$(DOCS)/index.html"
+docs-check: env  ## in a browser without a display, after make docs
+	@$(PY) docs/check_site.py $(ARGS)
 
 lint: env
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check pint_fem && $(RUN) -m mypy
