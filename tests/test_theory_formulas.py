@@ -1,4 +1,4 @@
-"""Formulas of the site's pages on theory, by dense matrices: each test names the page and the numbers of its formulas."""
+"""Formulas of the site's pages on theory, by dense matrices: a test names the page and the numbers of its formulas."""
 
 import math
 import re
@@ -227,7 +227,8 @@ def test_stages_of_a_step():
         d.append(np.linalg.solve(M + h * K, M @ W + h * f[i]) - W)
     np.testing.assert_allclose(u0 + beta @ d, u0 + dt * b @ k)
     np.testing.assert_allclose(W + d[-1], u0 + dt * b @ k)  # stiffly accurate
-    Ma, Mb, Ka, G, D = spd(n, 7), spd(3, 8), spd(n, 9), *(rng(i).standard_normal(s) for i, s in ((10, (n, 3)), (11, (3, n))))
+    Ma, Mb, Ka = spd(n, 7), spd(3, 8), spd(n, 9)
+    G, D = (rng(i).standard_normal(s) for i, s in ((10, (n, 3)), (11, (3, n))))
     Wa, Wb, fa, fb, h = u0, *(rng(i).standard_normal(s) for i, s in ((12, 3), (13, n), (14, 3))), 0.3
     X, ra, rb = np.linalg.solve(Mb, D), Ma @ Wa + h * fa, Wb + np.linalg.solve(Mb, h * fb)
     a = np.linalg.solve(Ma + h * Ka - h**2 * G @ X, ra - h * G @ rb)
@@ -236,7 +237,7 @@ def test_stages_of_a_step():
 
 
 def test_primal_dual_operator():
-    """Adjoints (9): the second derivative of total variation where the dual field is exact, and semidefinite elsewhere."""
+    """Adjoints (9): the second derivative of total variation where the dual field is exact, semidefinite elsewhere."""
     m, eps = np.array([0.4, -0.3]), 1e-2
     N = math.sqrt(m @ m + eps)
     p = m / N
