@@ -1,35 +1,32 @@
-"""What the site's pages on MGRIT, its convergence and the options state in numbers is what the code does."""
+"""What the site's pages on MGRIT and its convergence state in numbers is what the code does."""
 
-import ast
 import itertools
 import math
 import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from demos.draw_cycle import in_turn, one_cycle, rows_of, write
-from pint_fem.mgrit import MGRIT, MGRITOptions
-from pint_fem.paradiag import ParaDiagOptions
+from pint_fem.mgrit import MGRIT
 from pint_fem.theory import dirk_stability, two_level_bound
 
 ROOT = Path(__file__).resolve().parent.parent
 THEORY = ROOT / "docs" / "theory"
-PAGE, CONVERGENCE, OPTIONS = THEORY / "mgrit.md", THEORY / "convergence.md", THEORY / "options.md"
+PAGE, CONVERGENCE = THEORY / "mgrit.md", THEORY / "convergence.md"
 
 
 def blocks(path):
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-def table(first_cell, page=PAGE, section=""):
-    """Rows of the first table of a section whose head begins with ``first_cell``, as lists of cells."""
-    rest = page.read_text().partition(f"\n## {section}")[2].partition(f"\n| {first_cell} |")[2]
+def table(first_cell, page=PAGE):
+    """Rows of the page's table whose head begins with ``first_cell``, as lists of cells."""
+    rest = page.read_text().partition(f"\n| {first_cell} |")[2]
     assert rest, first_cell
     rows = list(itertools.takewhile(lambda line: line.startswith("|"), rest.split("\n")[1:]))
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1:]]
@@ -75,26 +72,6 @@ def test_factors_of_the_page():
         R = lambda m, tableau=tableaux[name]: dirk_stability(*tableau, m * z)
         bounds = [two_level_bound(R(1), R(m), m, relax=relax) for m in (2, 4, 8, 16, 64)]
         assert [f"{b:.4f}" for b in bounds] == factors, what
-
-
-def defaults(section):
-    rows = table("option | default | what", OPTIONS, section)
-    found = {name.strip("`"): ast.literal_eval(value.strip("`")) for name, value, _ in rows if "," not in name}
-    assert len(found) == len([row for row in rows if "," not in row[0]])
-    return found
-
-
-def test_options_of_mgrit():
-    """All of them, with their defaults."""
-    found = defaults("MGRIT")
-    # of_levels is no option: it notes which levels options were given for
-    assert set(found) == set(MGRITOptions.names())
-    assert MGRITOptions(**found) == MGRITOptions()
-
-
-def test_options_of_paradiag():
-    """Those of its own, with their defaults."""
-    assert defaults("ParaDiag").items() <= asdict(ParaDiagOptions()).items()
 
 
 class Decay:
