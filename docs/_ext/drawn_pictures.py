@@ -6,6 +6,7 @@ and ``NAME-dark.svg``. A picture is drawn again when its program, the style or t
 
 import importlib.util
 import sys
+from functools import cache
 from pathlib import Path
 
 from sphinx.util import logging
@@ -14,6 +15,7 @@ from sphinx.util.display import status_iterator
 logger = logging.getLogger(__name__)
 
 
+@cache
 def load(program):
     """The module of a program, which may import those beside it."""
     if str(program.parent) not in sys.path:
@@ -28,7 +30,7 @@ def draw_pictures(app):
     """All pictures that are missing or older than what they are made from."""
     source, target = Path(app.srcdir) / "pictures", Path(app.srcdir) / "_build" / "pictures"
     target.mkdir(parents=True, exist_ok=True)
-    programs = [path for path in sorted(source.glob("*.py")) if path.stem not in ("style", "__init__")]
+    programs = [path for path in sorted(source.glob("*.py")) if "\ndef draw(path, dark" in path.read_text()]
     shared = [path.stat().st_mtime for path in source.iterdir() if path not in programs and path.is_file()]
     wanted = []
     for program in programs:
@@ -39,9 +41,7 @@ def draw_pictures(app):
                 wanted.append((program, path, dark))
     for program, path, dark in status_iterator(wanted, "drawing pictures... ", length=len(wanted),
                                                stringify_func=lambda item: item[1].name):  # fmt: skip
-        module = load(program)
-        if hasattr(module, "draw"):
-            module.draw(path, dark)
+        load(program).draw(path, dark)
 
 
 def setup(app):
