@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-__all__ = ["COLOURS", "POSITIVE", "SIGNED", "Theme"]
+__all__ = ["COLOURS", "POSITIVE", "SIGNED", "Theme", "use"]
 
 SIGNED, POSITIVE = "RdBu_r", "viridis"
 """Colour maps of fields with both signs and of positive fields."""
@@ -24,6 +24,8 @@ COLOURS = {
         "purple": "#AA4499",
         "yellow": "#C99700",
         "sky": "#56B4E9",
+        "wine": "#882255",
+        "grey": "#6E7781",
     },
     "dark": {
         "blue": "#56B4E9",
@@ -32,6 +34,8 @@ COLOURS = {
         "purple": "#DF8FBE",
         "yellow": "#F0E442",
         "sky": "#9AD0F5",
+        "wine": "#FF9DA7",
+        "grey": "#A5ADB7",
     },
 }
 """The palette on a light and on a dark page, in the order in which lines take it."""
@@ -59,15 +63,14 @@ class Theme:
     def __init__(self, dark: bool = False):
         name = "dark" if dark else "light"
         self.dark = dark
-        self.blue, self.orange, self.green, self.purple, self.yellow, self.sky = COLOURS[name].values()
+        self._palette = COLOURS[name]
+        self.blue, self.orange, self.green, self.purple, self.yellow, self.sky, *_ = self._palette.values()
         self.text, self.grid, self.page = _TEXT[name], _GRID[name], _PAGE[name]
 
     def settings(self) -> dict[str, Any]:
         """Settings of matplotlib."""
         return {
-            "axes.prop_cycle": mpl.cycler(
-                color=[self.blue, self.orange, self.green, self.purple, self.yellow, self.sky]
-            ),
+            "axes.prop_cycle": mpl.cycler(color=list(self._palette.values())),
             "axes.edgecolor": self.text,
             "axes.facecolor": "none",
             "axes.labelcolor": self.text,
@@ -91,3 +94,9 @@ class Theme:
     def used(self) -> AbstractContextManager[None]:
         """A context in which matplotlib draws with these settings."""
         return mpl.rc_context(self.settings())
+
+
+def use() -> None:
+    """Draw all that follows in this process for a light page, on white: files of the demos, and windows."""
+    white = {name: "white" for name in ("axes.facecolor", "figure.facecolor", "savefig.facecolor")}
+    mpl.rcParams.update(Theme().settings() | white | {"axes.titlelocation": "center"})

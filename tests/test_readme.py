@@ -1,4 +1,6 @@
-"""The code of the README, of pages of the guide and of the core's page runs, and what the page says in numbers is what the code does."""
+"""The code of the README, of pages of the guide and of the core's page runs, and the numbers of the core's page are
+those of the code.
+"""
 
 import ast
 import itertools
