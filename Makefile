@@ -19,7 +19,7 @@ endif
 
 # an existing Firedrake's Python is remembered from one call to the next
 PYTHON     ?= $(shell cat .venv/existing-python 2>/dev/null || echo python3)
-EXTRAS     ?= fem,plots,vtk,programs,resnet,scaling,test,bench
+EXTRAS     ?= fem,plots,vtk,resnet,scaling,test,bench
 OUT        ?= results/heat_source
 
 # What has to match; everything else is a range in pyproject.toml.
