@@ -5,7 +5,6 @@
 The same bytes each time with the same matplotlib. Any format of matplotlib's will do, by FILE's ending.
 """
 
-import argparse
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
+from pint_fem.cli import ProgramParser, last_lines, run, waiting
+from pint_fem.files import as_input_error
 from pint_fem.mgrit import MGRIT, split_steps
 from pint_fem.mgrit.cycle import Cycle
 
@@ -265,15 +266,13 @@ def write(path):
 
 def main():
     """Read the arguments and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ProgramParser(prog="draw_cycle.py", description=__doc__, petsc=False)
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="picture")
-    out = parser.parse_args().out
-    try:
+    out = parser.read().out
+    with waiting("drawing"), as_input_error(f"--out {out}", errors=(OSError, ValueError)):
         write(out)
-    except (OSError, ValueError) as error:
-        parser.error(f"--out {out}: {error}")
-    print(out)
+    last_lines(out, next_step="see the picture on the page of the solver core, pint_fem/mgrit/README.md")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

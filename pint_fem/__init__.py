@@ -1,9 +1,9 @@
 """Optimisation constrained by time, parallel in time, on Firedrake.
 
-The names below are what a user types. Each is loaded, with what it needs, when it is first used: ``MGRIT``, ``ParaDiag``,
-``SpaceTime``, ``minimize_trust_region`` and the errors need numpy and mpi4py only, those of ``pint_fem.resnet`` torch as
-well, and all others Firedrake. A name whose library is missing raises ``ModuleNotFoundError``, which names what to
-install.
+The names below are what a user types. Each is loaded, with what it needs, when it is first used: ``MGRIT``,
+``ParaDiag``, ``SpaceTime``, ``minimize_trust_region`` and the errors need numpy and mpi4py only, those of
+``pint_fem.resnet`` torch as well, and all others Firedrake. A name whose library is missing raises
+``ModuleNotFoundError``, which names what to install.
 """
 
 import importlib

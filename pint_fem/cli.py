@@ -161,7 +161,7 @@ def last_lines(where: Path | None = None, written: Sequence[str] = (), next_step
 def positive(kind: type, *, zero: bool = False) -> Callable[[str], float]:
     """A type for ``argparse``: positive numbers of a kind, ``int`` or ``float``, and zero where ``zero`` is set."""
 
-    def convert(text: str):
+    def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
@@ -200,7 +200,7 @@ def run(main: Callable[[], None], comm: MPI.Comm = MPI.COMM_WORLD) -> None:
         code = _leave(comm, 2, f"error: {_one_line(error)}\n")
     except SystemExit as stop:
         text = "" if isinstance(stop.code, int | None) else f"error: {stop.code}\n"
-        code = _leave(comm, 1 if text else stop.code or 0, text)
+        code = _leave(comm, 1 if text else int(stop.code or 0), text)
     except KeyboardInterrupt as stop:
         if getattr(stop, "raised_on_ranks", 1) < comm.size:
             sys.stderr.write(f"rank {comm.rank}: interrupted\n")

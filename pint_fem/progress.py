@@ -97,6 +97,8 @@ class _Display:
                 self._drawn = False
 
     def _write(self, text: str) -> None:
+        if self.terminal is None:
+            return
         try:
             self.terminal.write(text)
             self.terminal.flush()

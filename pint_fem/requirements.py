@@ -41,8 +41,7 @@ def missing(error: ImportError, what: str) -> ImportError | None:
         ``None`` where no extra installs the library, as where a user's own module is missing.
     """
     how = how_to_install(error.name)
-    if how is None or not isinstance(error, ModuleNotFoundError):
+    if how is None or error.name is None or not isinstance(error, ModuleNotFoundError):
         return None
-    return ModuleNotFoundError(
-        f"{what} requires {error.name.partition('.')[0]}, which is not installed: {how}", name=error.name
-    )
+    library = error.name.partition(".")[0]
+    return ModuleNotFoundError(f"{what} requires {library}, which is not installed: {how}", name=error.name)

@@ -1,7 +1,7 @@
 """Command line of the package: a first inversion, plans, measurements, the check of an evolution, what is installed.
 
-pint-fem demo                      recover a heat source from sensor readings, with its standard deviation: pictures, and
-                                   the program to begin with; without Firedrake the solver core on an equation in numpy
+pint-fem demo                      recover a heat source from sensor readings, with its standard deviation: a picture,
+                                   and a program to begin with; without Firedrake the solver core, in numpy
 pint-fem plan PROBLEM --ranks P    the fastest grid, levels and solver by predicted times, and alternatives; a whole
                                    linear inversion by the map from controls to readings
 pint-fem scaling calibrate --case MODULE:NAME    measure a problem's costs (mpiexec -n 2: network and space ranks, too)

@@ -44,4 +44,4 @@ def check_command(arguments: Sequence[str]) -> None:
     if not passed:
         last_lines(next_step="correct what the first line with 'failed' names; the lines after it may follow from it")
         raise SystemExit(1)
-    last_lines(next_step=f"pint-fem plan {opts.problem} --ranks P predicts the fastest grid for a function of a SpaceTime")
+    last_lines(next_step="pint-fem plan MODULE:FUNCTION --ranks P predicts the fastest grid")

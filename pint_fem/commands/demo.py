@@ -1,4 +1,4 @@
-"""``pint-fem demo``: a first run that needs no clone of the repository: a program is copied to a folder, and run there."""
+"""``pint-fem demo``: a first run that needs no clone of the repository; a program is copied to a folder and run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def demo_command(arguments: Sequence[str]) -> None:
     opts = parser.read(arguments)
     name = opts.program or ("heat_source" if _has_firedrake() else "heat_in_numpy")
     if name == "heat_source" and not _has_firedrake():
-        raise InputError(f"pint-fem demo heat_source: {how_to_install('firedrake')}; or run pint-fem demo heat_in_numpy")
+        raise InputError(
+            f"pint-fem demo heat_source: {how_to_install('firedrake')}; or run pint-fem demo heat_in_numpy"
+        )
     path = opts.out / f"{name}.py"
     on_first_rank(comm, "", _copy, FOLDER / path.name, path)
     say(f"running {path}: {PROGRAMS[name]}")
@@ -50,20 +52,12 @@ def demo_command(arguments: Sequence[str]) -> None:
         runpy.run_path(str(path), run_name="__main__")
     written = on_first_rank(comm, "", lambda: [n for n, t in _files(opts.out).items() if before.get(n) != t])
     further = "" if _has_firedrake() else f"; for inverse problems with finite elements {how_to_install('firedrake')}"
-    steps = f"open the picture, change {path} and run it: python {path}"
-    last_lines(opts.out, sorted({path.name, *written}), f"{steps if _has_pictures(written) else _without(path)}{further}")
+    look = "open the picture, " if any(n.endswith(".png") for n in written) else ""
+    last_lines(opts.out, sorted({path.name, *written}), f"{look}change {path} and run it: python {path}{further}")
 
 
 def _table() -> str:
     return "\n".join(f"  {name:16}{about}" for name, about in PROGRAMS.items())
-
-
-def _without(path: Path) -> str:
-    return f"change {path} and run it: python {path}"
-
-
-def _has_pictures(written: Sequence[str]) -> bool:
-    return any(name.endswith(".png") for name in written)
 
 
 def _has_firedrake() -> bool:

@@ -1,6 +1,6 @@
 """Minimisers of functions that are given by their values, derivatives and inner product.
 
-They need numpy and mpi4py only; ``scipy_minimize`` and ``ScipyResult`` are loaded, with scipy, when they are first used.
+They need numpy and mpi4py only; ``scipy_minimize`` and ``ScipyResult`` are loaded, with scipy, on their first use.
 """
 
 import importlib

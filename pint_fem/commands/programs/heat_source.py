@@ -9,7 +9,7 @@ truth. For readings of your own replace ``readings``, an array (times, sensors),
 from pathlib import Path
 
 import numpy as np
-from firedrake import *  # noqa: F403
+from firedrake import *
 from irksome import Dt
 
 import pint_fem as pf
@@ -57,11 +57,12 @@ if st.is_root:
         mpl.use("Agg")
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-        largest = truth.dat.data_ro.max()
+        figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+        both = np.concatenate([truth.dat.data_ro, source.dat.data_ro])
         shown = {"true source": truth, "recovered source": source, "standard deviation": deviation}
         for axis, (name, f) in zip(axes, shown.items(), strict=True):
-            colours = tripcolor(f, axes=axis, cmap="viridis", vmin=0, vmax=None if f is deviation else largest)
+            limits = {} if f is deviation else {"vmin": both.min(), "vmax": both.max()}
+            colours = tripcolor(f, axes=axis, cmap="viridis", **limits)
             axis.plot(*np.transpose(points), "o", color="white", markeredgecolor="black", markersize=4)
             axis.set(title=name, xlabel="x", aspect="equal")
             figure.colorbar(colours, ax=axis)
