@@ -65,6 +65,7 @@ class _Display:
 
     def refresh(self) -> None:
         """Draw the line anew, or erase it where nothing is waited for."""
+        _CompilationFilter.watch()
         if self.terminal is None:
             return
         with self._lock:
@@ -206,19 +207,30 @@ class _CompilationFilter(logging.Filter):
 
     _installed: _CompilationFilter | None = None
 
-    def __init__(self, level: int):
+    def __init__(self) -> None:
         super().__init__()
-        self._level = level
+        self._level = logging.NOTSET
         self._wait: Wait | None = None
 
     @classmethod
     def install(cls) -> None:
         """Add the filter to PyOP2's logger once."""
         if cls._installed is None:
-            logger = logging.getLogger("pyop2")
-            cls._installed = cls(logger.getEffectiveLevel())
-            logger.setLevel(min(logging.INFO, cls._installed._level))
-            logger.addFilter(cls._installed)
+            cls._installed = cls()
+            logging.getLogger("pyop2").addFilter(cls._installed)
+        cls.watch()
+
+    @classmethod
+    def watch(cls) -> None:
+        """Have the logger make the records on compilation, also after Firedrake has set its level on import."""
+        logger = logging.getLogger("pyop2")
+        if (
+            cls._installed is not None
+            and _display.level > Verbosity.QUIET
+            and logger.getEffectiveLevel() > logging.INFO
+        ):
+            cls._installed._level = logger.getEffectiveLevel()
+            logger.setLevel(logging.INFO)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Take the records on compilation; whether the record is passed on."""
