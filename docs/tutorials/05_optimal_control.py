@@ -61,9 +61,9 @@ target = 5.0 * (tanh((x - 0.1) / 0.02) - tanh((x - 0.3) / 0.02))
 
 
 # %%
-# A small function poses the problem for a weight :math:`\beta`, as several weights are compared below. ``RunningMisfit``
-# is an integral over time of a functional of the state; the regularisation is a functional of the control, which for
-# one value per step is summed over the steps with the weight ``dt`` as well.
+# A small function poses the problem for a weight :math:`\beta`, as several weights are compared below.
+# ``RunningMisfit`` is an integral over time of a functional of the state; the regularisation is a functional of the
+# control, which for one value per step is summed over the steps with the weight ``dt`` as well.
 #
 # ``time_solver="serial"`` steps through the 60 steps one after another. For a rod with 41 unknowns on one process this
 # is the fastest; with many processes give ``"auto"``, which measures and then chooses
@@ -92,13 +92,14 @@ J = pose(beta=1e-4)
 result = J.minimize("kkt")
 print(result)
 print(result.choice)
-assert result.converged and result.iterations == 1
+assert result.converged
+assert result.iterations == 1
 
 # %%
 # **What to expect.** One iteration, and the norm of the gradient has fallen by more than the required factor of
-# :math:`10^{-6}`. The last printed line has the number of KKT systems that were solved, and that of the inner iterations
-# "for the ends of time": what is left to iterate on are the first and the last state, which the Fourier transform had
-# connected. There are some ten of them.
+# :math:`10^{-6}`. The last printed line has the number of KKT systems that were solved, and that of the inner
+# iterations "for the ends of time": what is left to iterate on are the first and the last state, which the Fourier
+# transform had connected. There are some ten of them.
 #
 # **What could go wrong.** If a misfit or control does not have the structure that the method requires (a misfit at the
 # last step only, a control that does not depend on time), the call raises an error that names the reason;
@@ -146,7 +147,8 @@ plt.show()
 # then only what conduction and the air take away. The pulse exceeds 700 W/m, and beside the plateau the power is
 # *negative*: the "heater" would have to cool. Section 5 forbids both.
 print(f"power: {powers.min():.0f} to {powers.max():.0f} W/m")
-assert powers.max() > 700 and powers.min() < -50
+assert powers.max() > 700
+assert powers.min() < -50
 
 # %%
 # 3. The trust region, beside it
@@ -160,7 +162,8 @@ J = pose(beta=1e-4)
 reduced = J.minimize_trust_region(cg_max_it=500, monitor=print)
 difference = abs(reduced.x - result.x).max() / abs(result.x).max()
 print(f"largest difference of the two controls, relative: {difference:.1e}")
-assert reduced.converged and difference < 1e-4
+assert reduced.converged
+assert difference < 1e-4
 assert abs(reduced.value / result.value - 1) < 1e-8
 
 # %%
@@ -216,7 +219,8 @@ for axis in (right.xaxis, right.yaxis):
     axis.set_minor_formatter("")
 right.margins(x=0.25, y=0.1)
 plt.show()
-assert all(np.diff(tracking) < 0) and all(np.diff(energy) > 0)
+assert all(np.diff(tracking) < 0)
+assert all(np.diff(energy) > 0)
 
 # %%
 # **What could go wrong.** A weight of 0 is no small weight: the problem then has no minimiser, and CG goes on until
@@ -234,9 +238,12 @@ bounded = pose(1e-3).minimize_trust_region(bounds=(LOW, HIGH))
 active_set = pose(1e-3).minimize("kkt", bounds=(LOW, HIGH))
 print(bounded)
 print(active_set)
-assert bounded.converged and active_set.converged and active_set.hessian_calls < bounded.hessian_calls
+assert bounded.converged
+assert active_set.converged
+assert active_set.hessian_calls < bounded.hessian_calls
 assert abs(bounded.value / active_set.value - 1) < 1e-6
-assert bounded.x.min() >= LOW and bounded.x.max() <= HIGH
+assert bounded.x.min() >= LOW
+assert bounded.x.max() <= HIGH
 
 # %%
 # The same minimum from two methods that have little in common is a good check of both. Here the active sets are found
@@ -257,31 +264,37 @@ inside = ~(at_low | at_high)
 scale = abs(derivative).max()
 print(f"at the lower bound {at_low.mean():.0%}, at the upper {at_high.mean():.0%} of all values")
 print(f"largest derivative inside the bounds, relative: {abs(derivative[inside]).max() / scale:.1e}")
-assert 0.4 < at_low.mean() < 0.7 and 0.01 < at_high.mean() < 0.1
+assert 0.4 < at_low.mean() < 0.7
+assert 0.01 < at_high.mean() < 0.1
 assert abs(derivative[inside]).max() < 1e-5 * scale
-assert derivative[at_low].min() > -1e-5 * scale and derivative[at_high].max() < 1e-5 * scale
+assert derivative[at_low].min() > -1e-5 * scale
+assert derivative[at_high].max() < 1e-5 * scale
 
 # %%
 # Active sets say more about a control than its values do: where the heater is at its limit, a stronger heater would
 # help, and where it is off, a cooler would.
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-image = picture(left, np.array([f.dat.data_ro for f in bounded.control.subfunctions]), cmap="YlOrBr", vmin=LOW)
-fig.colorbar(image, ax=left, label="power $q$ [W/m]")
-middle = np.linspace(T / STEPS / 2, T - T / STEPS / 2, STEPS)
+fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+image = picture(ax, np.array([f.dat.data_ro for f in bounded.control.subfunctions]), cmap="YlOrBr", vmin=LOW)
+fig.colorbar(image, ax=ax, label="power $q$ [W/m]")
+middle = (np.arange(STEPS) + 0.5) * T / STEPS
 for which, colour, hatch in ((at_low, BLUE, "///"), (at_high, ORANGE, "xxx")):
-    left.contourf(cm, middle, which.astype(float), levels=[0.5, 1.5], colors="none", hatches=[hatch])
-    left.contour(cm, middle, which.astype(float), levels=[0.5], colors=[colour], linewidths=1.5)
-left.set_title("Within bounds: /// off, xxx at full power")
+    ax.contourf(cm, middle, which.astype(float), levels=[0.5, 1.5], colors="none", hatches=[hatch])
+    ax.contour(cm, middle, which.astype(float), levels=[0.5], colors=[colour], linewidths=1.5)
+ax.set_title("Active sets: off (///), at full power (xxx)")
+plt.show()
 
 # %%
+# The same at three places: in the middle of the plateau, near its edge and at its edge.
+fig, ax = plt.subplots(figsize=(6, 3.0), layout="constrained")
 for place, style in ((20.0, "-"), (14.0, "--"), (10.0, ":")):
-    i = abs(cm - place).argmin()
-    right.stairs(values[:, i], np.linspace(0, T, STEPS + 1), ls=style, baseline=None, color=BLACK, label=f"$x = {cm[i]:g}$ cm")
-right.axhline(LOW, color=BLUE, lw=1)
-right.axhline(HIGH, color=ORANGE, lw=1)
-right.set(xlabel="time $t$ [s]", ylabel="power $q$ [W/m]", title="Three places of the rod")
-right.legend()
+    column = values[:, abs(cm - place).argmin()]
+    ax.stairs(column, np.arange(STEPS + 1) * T / STEPS, ls=style, baseline=None, color=BLACK, label=f"{place:g} cm")
+ax.axhline(LOW, color=BLUE, lw=1)
+ax.axhline(HIGH, color=ORANGE, lw=1)
+ax.set(xlabel="time $t$ [s]", ylabel="power $q$ [W/m]", title="Power at three places, with its bounds")
+ax.legend()
 plt.show()
+
 
 # %%
 # In the first seconds the whole plateau is heated with full power; beside it the rod is not heated at all. How much
@@ -315,16 +328,18 @@ assert at["0 to 150 W/m"][29] < 0.25 * at["no control"][29]
 #
 # **Do not be surprised** by the last seconds: the control falls to zero, and the rod leaves its profile. Power in the
 # last step has no time left in which it could pay for itself. If the end matters, add
-# ``pf.TerminalMisfit(w * (u - target) ** 2 * dx)`` with a weight ``w``, or choose a longer time and use its first part only.
+# ``pf.TerminalMisfit(w * (u - target) ** 2 * dx)`` with a weight ``w``, or choose a longer time and use its first part
+# only.
 
 # %%
 # 6. What to change next
 # ----------------------
 #
-# * **Fewer heaters.** Controls may be numbers: ``R = FunctionSpace(mesh, "R", 0)``, a list ``control=[q1, q2, q3]``, and
-#   ``q1 * shape1(x) * v * dx`` in the form. A bound for each: :doc:`/howto/bounds`.
+# * **Fewer heaters.** Controls may be numbers: ``R = FunctionSpace(mesh, "R", 0)``, a list ``control=[q1, q2, q3]``,
+#   and ``q1 * shape1(x) * v * dx`` in the form. A bound for each: :doc:`/howto/bounds`.
 # * **A budget.** "No more than 2 kJ in all" is an integral constraint: :doc:`/howto/constraints`.
-# * **Only the end counts.** ``pf.TerminalMisfit`` in place of, or beside ``RunningMisfit``; the trust region takes both.
+# * **Only the end counts.** ``pf.TerminalMisfit`` in place of, or beside ``RunningMisfit``; the trust region takes
+#   both.
 # * **A long run.** ``checkpoint="run.h5"`` continues where a run was ended: :doc:`/howto/checkpoints`.
 # * **A functional of your own.** Verify its derivatives before you trust a minimiser: :doc:`/howto/taylor-test`.
 # * **More steps than one processor takes.** ``mpiexec -n 4 python your_program.py``: :doc:`/howto/process-grid`.
