@@ -3,6 +3,7 @@
 # make test   all tests, serial and on 2-7 MPI ranks        make bench  ratios measured side by side
 # make test-all  these and the long grids of parameters     make lint   ruff, mypy
 # make mnist  a deep residual network, layers in parallel
+# make docs   this package's site, in docs/_build/html; ARGS='-D plot_gallery=0' skips running the tutorials
 # make scaling  what up to 16,384 ranks would do, by the performance model; tables and plots in results/scaling/
 # make dist   the source distribution and the wheel, in dist/   make clean  remove what the above made
 #
@@ -19,7 +20,7 @@ endif
 
 # an existing Firedrake's Python is remembered from one call to the next
 PYTHON     ?= $(shell cat .venv/existing-python 2>/dev/null || echo python3)
-EXTRAS     ?= fem,plots,vtk,resnet,scaling,test,bench
+EXTRAS     ?= fem,plots,vtk,resnet,scaling,test,bench,docs
 OUT        ?= results/heat_source
 
 # What has to match; everything else is a range in pyproject.toml.
@@ -88,7 +89,7 @@ PIP := $(CLEANENV) $(PY) -m pip install --disable-pip-version-check
 # torch's CPU build where pip finds one; PyPI's own comes with CUDA libraries, several GB: TORCH_INDEX=URL names another index
 TORCH = { $(PIP) 'torch==$(TORCH_VERSION)+cpu' || $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION); }
 
-.PHONY: env ready demo mnist test test-all bench scaling lint dist clean help
+.PHONY: env ready demo mnist test test-all bench scaling docs docs-check lint dist clean help
 env:  ## the graph below runs two steps at a time (one PETSc configure and the h5py build use one core each)
 	@$(MAKE) --no-print-directory -j2 $(STEPS)/package PYTHON='$(PYTHON)'
 	@$(MAKE) --no-print-directory ready PYTHON='$(PYTHON)'
@@ -159,6 +160,15 @@ bench: env
 scaling: env
 	@$(RUN) -m tests.benchmarks.scaling report --ranks $(SCALING_RANKS) --out results/scaling $(ARGS)
 
+# a warning is an error; nothing is fetched from the network
+DOCS := docs/_build/html
+docs: env
+	@echo "[docs] pages to $(DOCS); the tutorials are run: a few minutes (ARGS='-D plot_gallery=0' skips that)"
+	@$(RUN) -m sphinx -W --keep-going -b html docs $(DOCS) $(ARGS)
+	@echo "[docs] open $(CURDIR)/$(DOCS)/index.html"
+docs-check: env  ## in a browser without a display, after make docs
+	@$(PY) docs/check_site.py $(ARGS)
+
 lint: env
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check pint_fem && $(RUN) -m mypy
 
@@ -172,8 +182,8 @@ dist:
 	@echo "[dist] next: pip install dist/*.whl, into an existing Firedrake or by itself for the solver core"
 
 clean:
-	rm -rf .venv results data/mnist build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv results data/mnist build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:
-	@sed -n '1,10p' Makefile
+	@sed -n '1,11p' Makefile

@@ -9,9 +9,9 @@ import numpy as np
 from firedrake import assemble, dx, inner
 
 from demos.box_inversion import Shown
+from demos.curves import plot_sensors
 from demos.heat_source_report import convergence_picture, mgrit_summary, result_summary
 from demos.outputs import write_json
-from demos.pictures import plot_sensors
 from demos.posterior_report import posterior_summary, regularisation_picture
 from demos.slices import Sections, plot_sections
 from pint_fem.kernels.arrays import get

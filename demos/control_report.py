@@ -12,9 +12,10 @@ from firedrake import Constant, Function
 from mpi4py import MPI
 
 from demos.control_pictures import Course, Row, plot_controls, plot_rows
+from demos.curves import plot_convergence
 from demos.inversion import sum_of_counts
 from demos.outputs import write_json
-from demos.pictures import Raster, animate, gather_images, plot_convergence
+from demos.pictures import Raster, animate, gather_images
 from pint_fem.kernels.arrays import is_real, put
 from pint_fem.paraview import write_fields
 from problems.control import ControlProblem

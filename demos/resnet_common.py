@@ -160,6 +160,10 @@ def plot_curves(path, outcome, title, *, quantity="accuracy (%)", epoch="epoch")
     import matplotlib.pyplot as plt
     import numpy as np
 
+    from demos.style import use
+
+    use()
+
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     width = max(1, max(len(outcome[name] or ()) for name in ("losses", "serial_losses")) // 100)
     both = (("layer-parallel", "", "C0", "-", "o"), ("serial torch", "serial_", "C1", "--", "s"))

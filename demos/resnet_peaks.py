@@ -90,6 +90,10 @@ def plot_classes(path, opts, net, test, pixels=160):
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    from demos.style import use
+
+    use()
+
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained", sharey=True)
     x = test.tensors[0].numpy()
     for ax, name, label in zip(

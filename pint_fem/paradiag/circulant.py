@@ -64,7 +64,7 @@ class BlockSolve(Protocol):
 
 
 def shifts(nsteps: int, alpha: float) -> np.ndarray:
-    r""":math:`\mu_k` for ``k = 0 .. N//2``.
+    r"""The shifts :math:`\mu_k` of the frequencies ``k`` from 0 to ``N//2``.
 
     Parameters
     ----------
