@@ -1,6 +1,6 @@
 """Draw a V-cycle and an F-cycle of MGRIT in space-time: levels, C-points and steps are those that the solver takes.
 
-    python demos/draw_cycle.py [--out FILE] [--dark]   (default: docs/theory/cycle.svg)
+    python demos/draw_cycle.py [--out FILE] [--dark]   (default: results/cycle.svg)
 
 The same bytes each time with the same matplotlib. Any format of matplotlib's will do, by FILE's ending.
 """
@@ -23,7 +23,7 @@ from pint_fem.files import as_input_error
 from pint_fem.mgrit import MGRIT, split_steps
 from pint_fem.mgrit.cycle import Cycle
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "theory" / "cycle.svg"
+OUT = Path(__file__).resolve().parent.parent / "results" / "cycle.svg"
 NSTEPS, COARSENING, RANKS = 16, (2, 2), 2
 WIDTH, LEFT, STEP, ROW = 900, 274, 38, 62  # pixels: of the picture, of point 0, between points, between rows
 LEVEL_X, LEVEL_STEP = 208, 19

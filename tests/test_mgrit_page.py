@@ -141,18 +141,20 @@ def test_sums_of_the_page():
 
 
 def test_figure(tmp_path):
-    """As a user starts it and in this process the same bytes, small, and the words of the page's figure."""
-    started, here = tmp_path / "started.svg", tmp_path / "here.svg"
+    """As a user starts it and in this process the same bytes, small; the same words on a light and a dark page."""
+    started, here, dark = (tmp_path / f"{name}.svg" for name in ("started", "here", "dark"))
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX", "ORTE"))}
     env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     command = [sys.executable, "demos/draw_cycle.py", "--out", str(started)]
     subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True, timeout=60)
     write(here)
+    write(dark, dark=True)
     assert started.read_bytes() == here.read_bytes()
     assert here.stat().st_size < 60_000
     words = lambda path: re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
     assert len(words(here)) > 30
-    assert words(here) == words(PAGE.with_name("cycle.svg"))
+    assert words(here) == words(dark)
+    assert "mgrit_cycle-dark.svg" in PAGE.read_text()
 
 
 def test_levels_of_the_figure():
