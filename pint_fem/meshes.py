@@ -179,12 +179,16 @@ def make_hierarchy(
     """Make a mesh and its uniform refinements; see :meth:`pint_fem.spacetime.SpaceTime.mesh_hierarchy`."""
     from firedrake import MeshHierarchy
 
+    from pint_fem.refinement import shorten_diagonals
+
     for name, least, value in (("refinement_levels", 0, levels), ("refinements_per_level", 1, per_level)):
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
             raise InputTypeError(f"{name} = {value!r}: give a whole number, at least {least}")
     require_same(members.comm, refinement_levels=levels, refinements_per_level=per_level)
     mesh = make_mesh(members, make, args, options)
-    refine = partial(MeshHierarchy, mesh, levels, refinements_per_level=per_level, reorder=options.get("reorder"))
+    callbacks = shorten_diagonals, lambda _plex, _number: None
+    given = dict(refinements_per_level=per_level, reorder=options.get("reorder"), callbacks=callbacks)
+    refine = partial(MeshHierarchy, mesh, levels, **given)
     made = collectively(members.comm, "", refine)
     require_same_meshes(members, made)
     return made

@@ -14,6 +14,7 @@ LAYERS = (
     ("collective",),
     ("communicators", "files", "capacity", "petsc_options"),
     ("all_at_once", "array_file"),
+    ("refinement",),
     ("meshes",),
     ("spacetime",),
     ("kernels", "optimize", "mgrit"),

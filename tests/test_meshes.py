@@ -5,8 +5,23 @@ import pytest
 
 pytest.importorskip("firedrake")
 
-from firedrake import COMM_WORLD, Constant, FunctionSpace, SpatialCoordinate, assemble, ds, dx, interpolate
+from firedrake import (
+    COMM_WORLD,
+    Constant,
+    Function,
+    FunctionSpace,
+    MeshHierarchy,
+    SpatialCoordinate,
+    UnitCubeMesh,
+    assemble,
+    ds,
+    dx,
+    interpolate,
+    norm,
+    prolong,
+)
 
+import pint_fem as pf
 from problems.meshfile import locate, read_mesh
 from problems.plate import BOUNDARIES, MESH, MESH_FINE, REGIONS, SENSORS
 
@@ -81,3 +96,29 @@ def test_sensors_are_well_inside():
         assert np.linalg.norm(SENSORS - CENTRES[tag], axis=1).min() >= r + 0.03
     apart = np.linalg.norm(SENSORS[:, None] - SENSORS, axis=2) + np.eye(24)
     assert apart.min() > 0.1
+
+
+def longest_edge_to_volume(mesh):
+    """The largest ratio of the longest edge's cube to the volume of a cell."""
+    x = mesh.coordinates.dat.data_ro_with_halos[mesh.coordinates.cell_node_map().values]
+    edges = [x[:, i] - x[:, j] for i in range(4) for j in range(i)]
+    longest = np.max([np.linalg.norm(edge, axis=1) for edge in edges], axis=0)
+    return float(np.max(longest**3 / (np.abs(np.linalg.det(x[:, 1:] - x[:, :1])) / 6)))
+
+
+@pytest.mark.parallel([1, 2])
+def test_tetrahedra_are_refined_along_their_shortest_diagonals():
+    """Those of a cube are a path along its edges and its diagonal, sqrt(3): the shapes stay as good. Walls keep their
+    numbers, and a quadratic field of a coarse mesh is one of the finer mesh.
+    """
+    plain = MeshHierarchy(UnitCubeMesh(2, 2, 2), 1)
+    hierarchy = pf.SpaceTime("2x1" if COMM_WORLD.size == 2 else "1x1").mesh_hierarchy(2, UnitCubeMesh, 2, 2, 2)
+    limit = 6 * np.sqrt(3) ** 3
+    assert longest_edge_to_volume(plain[1]) > 2 * limit  # what PETSc does by itself
+    assert max(map(longest_edge_to_volume, hierarchy)) < 1.0001 * limit
+    assert [assemble(Constant(1) * ds(wall, domain=hierarchy[-1])) for wall in range(1, 7)] == pytest.approx([1.0] * 6)
+    x, y, z = SpatialCoordinate(hierarchy[0])
+    coarse, fine = (Function(FunctionSpace(mesh, "CG", 2)) for mesh in (hierarchy[0], hierarchy[1]))
+    prolong(coarse.interpolate(x * y - z**2), fine)
+    x, y, z = SpatialCoordinate(hierarchy[1])
+    assert norm(fine - (x * y - z**2)) < 1e-13

@@ -23,6 +23,7 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 from scipy.sparse import csr_matrix, random
 
+import pint_fem as pf
 import pint_fem.kernels.direct
 import pint_fem.kernels.space.choice as choice
 from pint_fem.kernels.factor import Factor
@@ -223,15 +224,21 @@ def test_iterations_do_not_grow(family, degree, coarse, steps):
     assert max(counts["finest"]) <= counts["finest"][0] + 2, counts
 
 
-@pytest.mark.parametrize(("family", "degree"), [("CG", 1), ("CG", 2), ("N1curl", 1)])
-def test_iterations_in_three_dimensions(family, degree):
-    """At most 18 for the largest of these steps, where the smallest meshes are nearly solved by the coarsest level."""
-    refined = MeshHierarchy(mesh_of(3, 2), 3)[-2 if degree == 2 else -1]
-    width = 1 / 16
-    A, geometry = matrix_of(refined, family, degree, 100 * width**2 / 8 if family == "CG" else (25 * width) ** 2)
-    method = ConjugateGradients(BlockMatrix.of_petsc(A), MPI.COMM_WORLD, geometric_cycle(A, geometry))
-    method.solve(sources(A, 1))
-    assert method.iterations <= 18
+@pytest.mark.parametrize(("family", "degree", "most"), [("CG", 1, 1.2), ("CG", 2, 1.2), ("N1curl", 1, 1.4)])
+def test_iterations_in_three_dimensions(family, degree, most):
+    """On hierarchies along shortest diagonals, for the largest of these steps: by at most 20 % for heat; edge elements
+    begin with some hundred unknowns, of which the coarsest level solves nearly all.
+    """
+    refinements = 3 if (family, degree) == ("CG", 1) else 2
+    hierarchy = pf.SpaceTime(comm=MPI.COMM_SELF).mesh_hierarchy(refinements, UnitCubeMesh, 2, 2, 2)
+    counts = []
+    for level, mesh in enumerate(list(hierarchy)[1:]):
+        width = 1 / (2 ** (level + 2) * degree)
+        A, geometry = matrix_of(mesh, family, degree, 100 * width**2 / 8 if family == "CG" else (25 * width) ** 2)
+        method = ConjugateGradients(BlockMatrix.of_petsc(A), MPI.COMM_SELF, geometric_cycle(A, geometry))
+        method.solve(sources(A, 1))
+        counts.append(method.iterations)
+    assert counts[-1] <= most * counts[0], counts
 
 
 @pytest.mark.parallel([1, 2])
