@@ -31,6 +31,7 @@ from pint_fem.all_at_once.norms import gather_in_order
 from pint_fem.errors import InputError
 from pint_fem.evolution.control_layout import ControlLayout
 from pint_fem.evolution.evolution import Evolution
+from pint_fem.evolution.tableaux import tableau_name
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.misfits.base import BlockMisfit, Misfit
 from pint_fem.misfits.sensor_readings import SensorReadings
@@ -118,7 +119,7 @@ class ReducedProblem(SecondDerivatives, SweptProblem):
         solver = "serial" if self.sweeps.solvers.is_sequential else type(options).__name__.removesuffix("Options")
         solver += f" on {options.levels} levels" if isinstance(options, MGRITOptions) and options.levels > 1 else ""
         misfits = ", ".join(type(m).__name__ for m in self.misfits)
-        steps = f"{type(ev.tableau).__name__}, {ev.nsteps} steps of {ev.dt:g}, {ev.V.dim()} unknowns"
+        steps = f"{tableau_name(ev.tableau)}, {ev.nsteps} steps of {ev.dt:g}, {ev.V.dim()} unknowns"
         return f"{steps}, {misfits}, {solver}"
 
     @property

@@ -218,7 +218,7 @@ def _problem(
     if MPI.Comm.Compare(spacetime.space_comm, space_comm) not in (MPI.IDENT, MPI.CONGRUENT):
         raise InputError(
             f"the mesh lives on {space_comm.size} ranks, the grid has {spacetime.space_size} space ranks: "
-            "build the mesh with comm=spacetime.space_comm"
+            "build the mesh with spacetime.mesh(UnitSquareMesh, 16, 16), or comm=spacetime.space_comm"
         )
     parameters, own = dict(solver_parameters or {}), evolution.private()
     own.options_prefix = require_prefix(options_prefix)

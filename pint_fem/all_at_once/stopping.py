@@ -66,7 +66,7 @@ class SolveResult:
     def monitor_line(self) -> str:
         """The present cycle, its residual and the last contraction, as the monitor prints them."""
         r = self.residuals
-        ratio = f"  factor {r[-1] / r[-2]:.3f}" if len(r) > 1 and r[-2] > 0 else ""
+        ratio = f"  factor {_digits(r[-1] / r[-2])}" if len(r) > 1 and r[-2] > 0 else ""
         relative = f" relative {r[-1] / self.scale:.3e}" if self.scale > 0 else ""
         return f"{self.cycles:3d} residual {r[-1]:.6e}{relative}{ratio}" if r else f"{self.cycles:3d}"
 
@@ -94,6 +94,11 @@ class SolveResult:
     def _mean_factor(self, cycles: int) -> float:
         r = [x for x in self.residuals if x > 0][-cycles - 1 :]
         return (r[-1] / r[0]) ** (1 / (len(r) - 1)) if len(r) > 1 else math.nan
+
+
+def _digits(factor: float) -> str:
+    """Three decimals, or for small factors two digits."""
+    return f"{factor:.3f}" if factor >= 5e-4 or factor == 0 else f"{factor:.1e}"
 
 
 class Stopping:

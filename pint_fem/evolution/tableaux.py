@@ -8,7 +8,7 @@ from irksome.tableaux.ButcherTableaux import ButcherTableau
 
 from pint_fem.errors import InputError
 
-__all__ = ["DIRK", "SDIRK2", "BackwardEuler", "ImplicitMidpoint", "Repeated", "named_tableau"]
+__all__ = ["DIRK", "SDIRK2", "BackwardEuler", "ImplicitMidpoint", "Repeated", "named_tableau", "tableau_name"]
 
 
 class SDIRK2(ButcherTableau):
@@ -67,6 +67,13 @@ def named_tableau(name: str) -> ButcherTableau:
     if name not in _NAMES:
         raise InputError(f"unknown integrator {name!r}: give one of {', '.join(_NAMES)}")
     return _NAMES[name]()
+
+
+def tableau_name(tableau: ButcherTableau) -> str:
+    """The name by which a user has given a tableau, else that of its class."""
+    if isinstance(tableau, GaussLegendre) and tableau.num_stages == 1:
+        return "ImplicitMidpoint"
+    return type(tableau).__name__
 
 
 class DIRK:

@@ -80,6 +80,10 @@ class GaussianPosterior(GaussianLaw):
         self._factor: InnovationFactor | None = None
         self._set(_checked_weight(F.spacetime.comm, alpha), F.data if data is None else data)
 
+    def __repr__(self) -> str:
+        m, n = self.F.shape
+        return f"<GaussianPosterior: {n} controls from {m} readings, alpha = {self.alpha:g}>"
+
     def _set(self, alpha: float, data: np.ndarray) -> None:
         """Compute the mean for a weight and readings (collective)."""
         self.alpha, self.data = float(alpha), data

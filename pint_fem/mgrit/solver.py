@@ -279,7 +279,8 @@ class MGRIT(AllAtOnceSolver):
                 tolerance = f"{o.max_it} cycles"
         first = {"auto": "", "guess": "", "skip": ", first down-cycle skipped", "nested": ", nested iteration"}[o.start]
         ranks = f"{self.comm.size} time rank" + "s" * (self.comm.size > 1)
-        lines = [f"{kind} '{self.name}': {self.nsteps} steps on {ranks}, {o.cycle}-cycles{first}, {tolerance}"]
+        how = f"{o.cycle}-cycles{first}, {tolerance}" if len(self.levels) > 1 else "no cycles"
+        lines = [f"{kind} '{self.name}': {self.nsteps} steps on {ranks}, {how}"]
         for level in self.levels:
             kind = {"sequential": "sequential", "gathered": "gathered on one rank"}.get(o.coarse_solver, "")
             if level.index < len(self.levels) - 1:

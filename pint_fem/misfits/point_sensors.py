@@ -15,6 +15,7 @@ from firedrake import FunctionSpace, TensorFunctionSpace, TrialFunction, VertexO
 from firedrake import interpolate as interpolate_
 from firedrake.exceptions import VertexOnlyMeshMissingPointsError
 from firedrake.functionspaceimpl import WithGeometry
+from firedrake.mesh import MeshGeometry
 from firedrake.petsc import PETSc
 from numpy.typing import ArrayLike
 
@@ -107,7 +108,7 @@ class PointSensors(SensorReadings):
         try:
             sensors = VertexOnlyMesh(mesh, points, missing_points_behaviour="error")
         except VertexOnlyMeshMissingPointsError as error:  # on every rank
-            raise InputError(f"a sensor is outside the mesh: {str(error).splitlines()[0]}") from error
+            raise InputError(_outside(mesh, points)) from error
         H = self._observation_matrix(space, sensors)
         self._H, self._H_T = BlockOperator(H), BlockOperator(H.transpose(type(H)()))
         here = np.asarray(sensors.coordinates.dat.data_ro).reshape(-1, points.shape[1])
@@ -165,3 +166,17 @@ class PointSensors(SensorReadings):
     def operator_nbytes(self) -> dict[str, int]:
         """Bytes of the interpolation matrix and its transpose on this rank, by part."""
         return added(self._H.nbytes, self._H_T.nbytes)
+
+
+def _outside(mesh: MeshGeometry, points: np.ndarray) -> str:
+    """The message that names the first sensor outside the mesh (collective over space)."""
+    found = VertexOnlyMesh(mesh, points, missing_points_behaviour="ignore")
+    here = np.asarray(found.coordinates.dat.data_ro).reshape(-1, points.shape[1])
+    inside = np.concatenate(mesh.comm.allgather(here))
+    near = 1e-9 * (1 + np.abs(points).max())
+    missing = [i for i, x in enumerate(points) if not (np.abs(inside - x) <= near).all(axis=1).any()]
+    if not missing:
+        return "a sensor is outside the mesh"
+    place, more = ", ".join(f"{c:g}" for c in points[missing[0]]), len(missing) - 1
+    others = f", and so {'are' if more > 1 else 'is'} {more} more" if more else ""
+    return f"sensor {missing[0]} at ({place}) is outside the mesh{others}"

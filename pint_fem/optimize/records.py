@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import html
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-__all__ = ["CGStop", "IterationRecord", "ResultSummary", "StopReason", "TrustRegionResult", "header"]
+__all__ = ["UNLIMITED", "CGStop", "IterationRecord", "ResultSummary", "StopReason", "TrustRegionResult", "header"]
+
+UNLIMITED = 1e99
+"""A first radius that bounds no step; its square is finite. The monitor prints it as infinite."""
 
 # Columns of a line without accuracies: the longest reason why CG stopped fits in.
 _WIDTH = 99
@@ -95,8 +99,9 @@ class IterationRecord:
 
     def __str__(self) -> str:
         """The monitor line; the accuracies follow where anything is inexact."""
+        radius = math.inf if self.radius >= UNLIMITED else self.radius
         line = (
-            f"{self.iteration:4d} {self.value:16.9e} {self.gradient_norm:10.3e} {self.radius:10.3e} "
+            f"{self.iteration:4d} {self.value:16.9e} {self.gradient_norm:10.3e} {radius:10.3e} "
             f"{self.step_norm:10.3e} {self.ratio:9.2e} {'' if self.accepted else 'rejected':>8} "
             f"{self.cg_iterations:4d}  {self.cg_stop.value}"
         ).rstrip()

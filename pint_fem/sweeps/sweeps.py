@@ -367,11 +367,17 @@ class Sweeps(GivenTrajectories):
         return sweep.collect(), result
 
 
+_CONTRACTS = 0.5
+"""Last factor of a cycle below which more cycles are what a solve requires."""
+
+
 def _divergence(kind: str, result: SolveResult, options: Any) -> str:
     """The message of a sweep that has not converged."""
     advice, name = "modes that grow? a larger alpha against round-off, on_divergence='serial'", "ParaDiag"
     if not isinstance(options, ParaDiagOptions):
         advice, name = "a bound above one? see coarse_tableau, relax='FCF', smaller coarsening, ", "MGRIT"
+        if result.reason == "max_it" and result.last_factor < _CONTRACTS:
+            advice = f"cycles contract: give a larger max_it than {options.max_it} or a larger rtol, or "
         advice += "on_divergence='serial'"
     residuals = result.residuals or [np.nan]
     history = f"residual {residuals[-1]:.3e}, first {residuals[0]:.3e}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pint_fem.optimize.oracle import Estimate
-from pint_fem.optimize.records import CGStop
+from pint_fem.optimize.records import UNLIMITED, CGStop
 
 __all__ = [
     "FIRST_RADIUS",
@@ -21,9 +21,6 @@ __all__ = [
     "next_radius",
     "reduction_ratio",
 ]
-
-UNLIMITED = 1e99
-"""A first radius that bounds no step; its square is finite."""
 
 # Ratios below which the radius is reduced and above which it is enlarged.
 _POOR, _GOOD = 0.25, 0.75
