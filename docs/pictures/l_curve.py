@@ -27,7 +27,7 @@ def draw(path, dark):
         left.set(xlabel="mean squared residual / variance of the noise", ylabel="squared size in the prior's norm")
         left.set_title("L-curve")
         right.loglog(
-            curve.alpha, curve.misfit / n, color=look.text, label="mean squared residual / variance of the noise"
+            curve.alpha / given, curve.misfit / n, color=look.text, label="mean squared residual / variance of the noise"
         )
         right.loglog(curve.alpha / given, curve.gcv, "--", color=look.text, label="generalised cross-validation")
         right.set(
