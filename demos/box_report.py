@@ -86,8 +86,7 @@ def report(
         summary["compare_serial"] = compare()
         summary["seconds"]["comparison"] = time.perf_counter() - start
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)
-    outputs.finish()
-    say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
+    outputs.finish(out, opts.next_step)
 
 
 def _sections(problem: BoxSource, named: list, deviation, shown: Shown, out) -> Callable[[], None]:

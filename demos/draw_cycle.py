@@ -1,11 +1,10 @@
 """Draw a V-cycle and an F-cycle of MGRIT in space-time: levels, C-points and steps are those that the solver takes.
 
-    python demos/draw_cycle.py [--out FILE] [--dark]   (default: pint_fem/mgrit/cycle.svg)
+    python demos/draw_cycle.py [--out FILE] [--dark]   (default: docs/theory/cycle.svg)
 
 The same bytes each time with the same matplotlib. Any format of matplotlib's will do, by FILE's ending.
 """
 
-import argparse
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -19,10 +18,12 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
 from demos.style import Theme
+from pint_fem.cli import ProgramParser, last_lines, run, waiting
+from pint_fem.files import as_input_error
 from pint_fem.mgrit import MGRIT, split_steps
 from pint_fem.mgrit.cycle import Cycle
 
-OUT = Path(__file__).resolve().parent.parent / "pint_fem" / "mgrit" / "cycle.svg"
+OUT = Path(__file__).resolve().parent.parent / "docs" / "theory" / "cycle.svg"
 NSTEPS, COARSENING, RANKS = 16, (2, 2), 2
 WIDTH, LEFT, STEP, ROW = 900, 274, 38, 62  # pixels: of the picture, of point 0, between points, between rows
 LEVEL_X, LEVEL_STEP = 208, 19
@@ -274,17 +275,14 @@ def write(path, *, dark=False):
 
 def main():
     """Read the arguments and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ProgramParser(prog="draw_cycle.py", description=__doc__, petsc=False)
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="picture")
     parser.add_argument("--dark", action="store_true", help="for a dark page")
-    opts = parser.parse_args()
-    out = opts.out
-    try:
-        write(out, dark=opts.dark)
-    except (OSError, ValueError) as error:
-        parser.error(f"--out {out}: {error}")
-    print(out)
+    opts = parser.read()
+    with waiting("drawing"), as_input_error(f"--out {opts.out}", errors=(OSError, ValueError)):
+        write(opts.out, dark=opts.dark)
+    last_lines(opts.out, next_step="see the picture on the site's page on MGRIT, docs/theory/mgrit.md")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

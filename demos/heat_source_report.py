@@ -86,8 +86,7 @@ def report(problem, result, posterior, opts, summary: dict, say, outputs) -> Non
         summary["compare_serial"] = compare(problem, result, summary["settings"], summary["seconds"], say)
         summary["seconds"]["comparison"] = time.perf_counter() - start
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)
-    outputs.finish()
-    say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
+    outputs.finish(out, opts.next_step)
 
 
 def result_summary(rf, result, predicted, measured) -> dict:

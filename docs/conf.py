@@ -33,6 +33,7 @@ extensions = [
     "sphinx-mathjax-offline",  # formulas without network
     "drawn_pictures",
     "tutorial_pages",
+    "notebooks",
     "api_pages",
     "option_tables",
 ]
@@ -58,6 +59,7 @@ myst_dmath_double_inline = True
 autosummary_generate = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 80
 python_display_short_literal_types = True
 autodoc_member_order = "bysource"
