@@ -1,7 +1,9 @@
 """Pictures and summaries show the numbers that they are given: data, scales, names and titles of what is drawn."""
 
+import importlib
 import json
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -203,3 +205,17 @@ def test_summary(tmp_path):
     expected = {"J": 0.5, "4": [None, None, 3], "z": [1.5, None], "path": str(path), "none": None, "yes": True}
     assert found == expected
     assert [type(found["4"][2]), found["yes"]] == [int, True]
+
+
+@pytest.mark.parametrize("name", ["space_time_sweep", "gantt_cycle"])
+def test_pictures_of_the_site(name, tmp_path, monkeypatch):
+    """On a light and on a dark page the same picture with other colours, whose page shows through."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "docs" / "pictures"))
+    program = importlib.import_module(name)
+    for dark in (False, True):
+        program.draw(tmp_path / f"{dark}.png", dark)
+    light, dark = (imread(tmp_path / f"{dark}.png") for dark in (False, True))
+    assert light.shape == dark.shape
+    text = lambda image: image[:60][image[:60, :, 3] > 0.9][:, :3].mean()  # of titles
+    assert text(light) < 0.4 < 0.6 < text(dark)
+    assert (light[..., 3] == 0).mean() > 0.2

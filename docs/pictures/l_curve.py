@@ -26,9 +26,8 @@ def draw(path, dark):
         left.loglog(curve.misfit / n, curve.size, color=look.text, lw=1.2)
         left.set(xlabel="mean squared residual / variance of the noise", ylabel="squared size in the prior's norm")
         left.set_title("L-curve")
-        right.loglog(
-            curve.alpha, curve.misfit / n, color=look.text, label="mean squared residual / variance of the noise"
-        )
+        label = "mean squared residual / variance of the noise"
+        right.loglog(curve.alpha / given, curve.misfit / n, color=look.text, label=label)
         right.loglog(curve.alpha / given, curve.gcv, "--", color=look.text, label="generalised cross-validation")
         right.set(
             xlabel="weight of the prior, relative to the given one", title="Criteria, and the weights that they choose"
