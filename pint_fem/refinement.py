@@ -1,11 +1,11 @@
 r"""Uniform refinement of tetrahedra along their shortest diagonals.
 
-The edges' midpoints cut a tetrahedron into four corners, of its shape, and an octahedron in the middle, which one of its
-three diagonals cuts into four more. PETSc takes the diagonal between the midpoints of the edges :math:`v_0 v_1` and
-:math:`v_2 v_3` of a cell's vertices as it numbers them, whatever its length: on the cubes of Firedrake's box meshes that
-is the longest one, which raises the largest ratio of the longest edge's cube to the volume from 31 to 88. Along the shortest
-one it stays at 31 on all meshes of the hierarchy, as for Bey's refinement (J. Bey, Computing 55, 1995), and multigrid
-requires fewer iterations. The order of a cell's vertices is therefore turned before each refinement.
+The edges' midpoints cut a tetrahedron into four corners, of its shape, and an octahedron in the middle, which one of
+its three diagonals cuts into four more. PETSc takes the diagonal between the midpoints of the edges :math:`v_0 v_1` and
+:math:`v_2 v_3` of a cell's vertices as it numbers them, whatever its length: on the cubes of Firedrake's box meshes
+that is the longest one, which raises the largest ratio of the longest edge's cube to the volume from 31 to 88. Along
+the shortest one it stays at 31 on all meshes of the hierarchy, as for Bey's refinement (J. Bey, Computing 55, 1995),
+and multigrid requires fewer iterations. The order of a cell's vertices is therefore turned before each refinement.
 """
 
 from __future__ import annotations
@@ -50,5 +50,5 @@ def shorten_diagonals(plex: PETSc.DMPlex, _refinement: int = 0) -> None:
 
 
 def _diagonal(x: np.ndarray) -> np.ndarray:
-    """Squared lengths ``(cells,)`` of the diagonals along which PETSc refines cells with vertices ``(cells, 4, dim)``."""
+    """Squared lengths ``(cells,)`` of the diagonals on which PETSc refines cells with vertices ``(cells, 4, dim)``."""
     return np.sum((x[:, 0] + x[:, 1] - x[:, 2] - x[:, 3]) ** 2, axis=1)
