@@ -259,11 +259,11 @@ if st.is_root:
 #     mpiexec -n 2 python docs/tutorials/01_heat_source.py
 #     mpiexec -n 4 python docs/tutorials/01_heat_source.py
 #
-# The 128 steps are divided among the ranks, and every sweep is solved for all steps at once by multigrid in time. J at a
-# given source is the same for every number of time ranks; contributions to the gradient are added in another order, so
-# that the minimum found agrees to the accuracy requested from the sweeps: the first nine digits of the J printed below.
-# For ranks in space as well give ``pf.SpaceTime("2x2")``, two in space times two in time. A problem as small as this
-# one does not become faster by that: :doc:`/howto/process-grid` describes when it pays.
+# The 128 steps are divided among the ranks, and every sweep is solved for all steps at once by multigrid in time. J at
+# a given source is the same for every number of time ranks; contributions to the gradient are added in another order,
+# so that the minimum found agrees to the accuracy requested from the sweeps: the first nine digits of the J printed
+# below. For ranks in space as well give ``pf.SpaceTime("2x2")``, two in space times two in time. A problem as small as
+# this one does not become faster by that: :doc:`/howto/process-grid` describes when it pays.
 
 if st.is_root:
     print(f"{st.time_size} ranks in time: J = {result.value:.9g}")
