@@ -39,7 +39,7 @@ from irksome import Dt
 import pint_fem as pf
 
 st = pf.SpaceTime()
-width, final_time = 3.0, 16.0  # cm, h
+width, final_time = 3.0, 12.0  # cm, h
 diffusion, growth = 5e-3, 0.25  # cm2/h, 1/h
 
 
@@ -57,7 +57,7 @@ def colonies(cells, steps):
 # The camera has 10 x 10 pixels and a noise of 0.02. ``"serial"`` steps one step after the other, which is the reference
 # and, on one rank, the fastest solver for a problem of this size.
 
-lines, times, noise = np.linspace(0.15, 2.85, 10), np.array([4.0, 8.0, 12.0, 16.0]), 0.02  # cm, h
+lines, times, noise = np.linspace(0.15, 2.85, 10), np.array([3.0, 6.0, 9.0, 12.0]), 0.02  # cm, h
 points = [[x, y] for x in lines for y in lines]
 
 
@@ -72,7 +72,7 @@ def true_root(V):
 # As before, a finer discretisation makes them.
 
 serial = {"time_solver": "serial"}
-fine, nothing = colonies(32, 64), pf.PointSensors(points, times, np.zeros((len(times), len(points))))
+fine, nothing = colonies(28, 48), pf.PointSensors(points, times, np.zeros((len(times), len(points))))
 simulated = pf.TimeParallelReducedFunctional(fine, nothing, spacetime=st, solver_parameters=serial)
 exact = simulated.readings(nothing, true_root(fine.V))
 readings = exact + noise * np.random.default_rng(seed=3).standard_normal(exact.shape)
@@ -90,7 +90,7 @@ if st.is_root:
 # ``monitor`` prints the residual of each cycle. One evaluation of J shows the contraction, and that the limit is the
 # result of stepping.
 
-evolution = colonies(20, 32)
+evolution = colonies(20, 24)
 V, (a,) = evolution.V, evolution.sought
 sensors = pf.PointSensors(points, times, readings, weight=1 / noise**2)
 regularisation = 20.0 * (0.3**2 * inner(grad(a), grad(a)) + a**2) * dx  # details of 0.3 cm
@@ -211,7 +211,7 @@ final = J.state(found, times=final_time)
 if st.is_root:
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.8), layout="constrained")
     panels = (truth, "True initial density", 0.3), (density, f"Found, error {100 * error:.0f}%", 0.3)
-    for ax, (f, title, most) in zip(axes, (*panels, (final, "After 16 h", 1.0)), strict=True):
+    for ax, (f, title, most) in zip(axes, (*panels, (final, "After 12 h", 1.0)), strict=True):
         shown = tripcolor(f, axes=ax, cmap="cividis", vmin=0, vmax=most)
         ax.set(title=title, xlabel="x in cm", ylabel="y in cm", aspect="equal")
         figure.colorbar(shown, ax=ax, label="part of the largest density", shrink=0.8)
