@@ -8,15 +8,13 @@ rise :math:`u_e` in K. From these readings we find the conductivity :math:`k(x)`
 
 .. math::
 
-   \varrho c\, \partial_t u_e - \nabla \cdot (k \nabla u_e) = 0, \qquad
-   k\, \partial_n u_e = f_e - \eta\, u_e \text{ on the rim,} \qquad u_e = 0 \text{ at } t = 0.
+   \varrho c\, \partial_t u_e - \nabla \cdot (k \nabla u_e) &= 0, \qquad u_e = 0 \text{ at } t = 0, \\
+   k\, \partial_n u_e &= f_e - \eta\, u_e \text{ on the rim.}
 
 The temperature is no linear function of :math:`k`, so that J is not quadratic, and there is more to decide than in
 :doc:`01_heat_source`: how to write a positive unknown, how to regularise an edge, and what to do when the minimiser
 does not converge.
 """
-
-# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # The mesh, and the logarithm as the control
@@ -228,6 +226,7 @@ if st.is_root:
 # The conductivity :math:`k_0 e^m` is a field of its own, interpolated for the picture.
 
 fields = [Function(V).interpolate(rock * exp(f)) for f in (truth, h1, tv)]
+# sphinx_gallery_thumbnail_number = 2
 if st.is_root:
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     names = ["Truth", f"H1, error {100 * h1_error:.0f}%", f"Total variation, error {100 * tv_error:.0f}%"]

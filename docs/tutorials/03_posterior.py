@@ -11,8 +11,8 @@ The concentration is carried by the flow :math:`w`, spreads and decays:
 
 .. math::
 
-   \partial_t u + w \cdot \nabla u - D \Delta u + \lambda u = q, \qquad u = 0 \text{ at } t = 0 \text{ and where water
-   flows in.}
+   \partial_t u + w \cdot \nabla u - D \Delta u + \lambda u &= q, \\
+   u &= 0 \text{ at } t = 0 \text{ and where water flows in.}
 
 It is *linear* in :math:`q`, with *constant operators*, and the readings are finitely many numbers. Where this is so,
 the readings are :math:`d = F q + \eta` with a matrix :math:`F`, and with Gaussian noise :math:`\eta \sim N(0, \sigma^2
@@ -20,11 +20,9 @@ I)` and a Gaussian prior with covariance :math:`\Gamma / \alpha` the posterior i
 
 .. math::
 
-   \bar q = \operatorname{arg\,min} \frac{|F q - d|^2}{2 \sigma^2} + \frac{\alpha}{2} |q|^2_{\Gamma^{-1}}, \qquad
-   \operatorname{Cov} = \Big(\frac{F^T F}{\sigma^2} + \alpha\, \Gamma^{-1}\Big)^{-1} .
+   \bar q &= \operatorname{arg\,min} \frac{|F q - d|^2}{2 \sigma^2} + \frac{\alpha}{2} |q|^2_{\Gamma^{-1}}, \\
+   \operatorname{Cov} &= \Big(\frac{F^T F}{\sigma^2} + \alpha\, \Gamma^{-1}\Big)^{-1} .
 """
-
-# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # The evolution
@@ -260,6 +258,7 @@ assert max(gains) > 2 * min(gains)
 # %%
 # The picture has the candidates with areas in proportion to what they would bring, over the present deviation.
 
+# sphinx_gallery_thumbnail_number = 4
 if st.is_root:
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     shown = draw(ax, std, "What a further station would bring", cmap="cividis", vmin=0)

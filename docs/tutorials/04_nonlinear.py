@@ -18,8 +18,6 @@ does there, what goes wrong with a careless control, what a minimisation costs, 
 it.
 """
 
-# sphinx_gallery_thumbnail_number = 2
-
 # %%
 # The control: an initial condition that stays positive
 # -----------------------------------------------------
@@ -208,6 +206,7 @@ if st.is_root:
 from firedrake.pyplot import tripcolor
 
 final = J.state(found, times=final_time)
+# sphinx_gallery_thumbnail_number = 2
 if st.is_root:
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.8), layout="constrained")
     panels = (truth, "True initial density", 0.3), (density, f"Found, error {100 * error:.0f}%", 0.3)
