@@ -10,7 +10,8 @@ The temperature rise :math:`u(x, t)` in K follows from the source :math:`q(x)` i
 
 .. math::
 
-   \varrho c\, \partial_t u - \nabla \cdot (k \nabla u) = q, \qquad u = 0 \text{ at } t = 0 \text{ and on the edge,}
+   \varrho c\, \partial_t u - \nabla \cdot (k \nabla u) &= q, \\
+   u &= 0 \text{ at } t = 0 \text{ and on the edge,}
 
 and we minimise, with the noise's standard deviation :math:`\sigma` and a weight :math:`\alpha`,
 
@@ -23,8 +24,6 @@ You know Firedrake; nothing about parallelism in time is needed. The program tak
 
     python docs/tutorials/01_heat_source.py
 """
-
-# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # 1. The process grid and the mesh
@@ -259,12 +258,13 @@ if st.is_root:
 #     mpiexec -n 2 python docs/tutorials/01_heat_source.py
 #     mpiexec -n 4 python docs/tutorials/01_heat_source.py
 #
-# The 128 steps are divided among the ranks, and every sweep is solved for all steps at once by multigrid in time. J at a
-# given source is the same for every number of time ranks; contributions to the gradient are added in another order, so
-# that the minimum found agrees to the accuracy requested from the sweeps: the first nine digits of the J printed below.
-# For ranks in space as well give ``pf.SpaceTime("2x2")``, two in space times two in time. A problem as small as this
-# one does not become faster by that: :doc:`/howto/process-grid` describes when it pays.
+# The 128 steps are divided among the ranks, and every sweep is solved for all steps at once by multigrid in time. J at
+# a given source is the same for every number of time ranks; contributions to the gradient are added in another order,
+# so that the minimum found agrees to the accuracy requested from the sweeps: the first nine digits of the J printed
+# below. For ranks in space as well give ``pf.SpaceTime("2x2")``, two in space times two in time. A problem as small as
+# this one does not become faster by that: :doc:`/howto/process-grid` describes when it pays.
 
+# sphinx_gallery_thumbnail_number = 2
 if st.is_root:
     print(f"{st.time_size} ranks in time: J = {result.value:.9g}")
     plt.show()

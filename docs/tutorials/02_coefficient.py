@@ -8,15 +8,13 @@ rise :math:`u_e` in K. From these readings we find the conductivity :math:`k(x)`
 
 .. math::
 
-   \varrho c\, \partial_t u_e - \nabla \cdot (k \nabla u_e) = 0, \qquad
-   k\, \partial_n u_e = f_e - \eta\, u_e \text{ on the rim,} \qquad u_e = 0 \text{ at } t = 0.
+   \varrho c\, \partial_t u_e - \nabla \cdot (k \nabla u_e) &= 0, \qquad u_e = 0 \text{ at } t = 0, \\
+   k\, \partial_n u_e &= f_e - \eta\, u_e \text{ on the rim.}
 
 The temperature is no linear function of :math:`k`, so that J is not quadratic, and there is more to decide than in
-:doc:`01_heat_source`: how to write a positive unknown, how to regularise an edge, and what to do when the minimiser does
-not converge.
+:doc:`01_heat_source`: how to write a positive unknown, how to regularise an edge, and what to do when the minimiser
+does not converge.
 """
-
-# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # The mesh, and the logarithm as the control
@@ -132,9 +130,9 @@ def misfit_of(J, m):
 # %%
 # A smooth conductivity: H1
 # -------------------------
-# With a P1 control the squared gradient is the usual first choice. A weight without dimension, because
-# :math:`\int |\nabla m|^2` is none in the plane: 30 lets a slope of :math:`m` from 0 to 1 across the disc cost as
-# much as one reading that is off by five standard deviations. The small second term fixes the mean where readings do not.
+# With a P1 control the squared gradient is the usual first choice. A weight without dimension, because :math:`\int
+# |\nabla m|^2` is none in the plane: 30 lets a slope of :math:`m` from 0 to 1 across the disc cost as much as one
+# reading that is off by five standard deviations. The small second term fixes the mean where readings do not.
 
 smooth = [15.0 * inner(grad(m), grad(m)) * dx, 5.0 * m**2 * dx]
 J = pf.TimeParallelReducedFunctional(tests, regularisation=smooth, spacetime=st, solver_parameters=auto)
@@ -179,8 +177,9 @@ assert h1_error < 0.6
 # An inclusion with an edge: total variation
 # ------------------------------------------
 # H1 spreads every edge. :class:`~pint_fem.TotalVariation`, :math:`w \int \sqrt{|\nabla m|^2 + \varepsilon}`, charges a
-# jump by its height times its length, however sharp it is. Choose :math:`\sqrt\varepsilon` well below the gradient of an
-# edge, here :math:`\ln 3` over a cell of 3 mm, some 400 per metre; and :math:`w` so that the misfit stays at the noise.
+# jump by its height times its length, however sharp it is. Choose :math:`\sqrt\varepsilon` well below the gradient of
+# an edge, here :math:`\ln 3` over a cell of 3 mm, some 400 per metre; and :math:`w` so that the misfit stays at the
+# noise.
 #
 # J is less smooth now, and a start far away costs rejected steps. Starting from the smooth result avoids most of them:
 # this *continuation* from an easy to a hard problem is the remedy that works most often.
@@ -227,6 +226,7 @@ if st.is_root:
 # The conductivity :math:`k_0 e^m` is a field of its own, interpolated for the picture.
 
 fields = [Function(V).interpolate(rock * exp(f)) for f in (truth, h1, tv)]
+# sphinx_gallery_thumbnail_number = 2
 if st.is_root:
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     names = ["Truth", f"H1, error {100 * h1_error:.0f}%", f"Total variation, error {100 * tv_error:.0f}%"]

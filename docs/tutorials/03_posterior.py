@@ -3,16 +3,16 @@ A posterior, and where to put sensors
 =====================================
 
 Something is discharged at the bottom of a lake, 2 km long and 1 km wide, at an unknown place and a constant rate
-:math:`q(x)` in mg/(l h). Six stations measure its concentration :math:`u` in mg/l for a day, with noise. We ask not only
-for the most probable discharge, but how certain it is, how strongly to regularise, and where a further station should
-be. All of it follows from one matrix.
+:math:`q(x)` in mg/(l h). Six stations measure its concentration :math:`u` in mg/l for a day, with noise. We ask not
+only for the most probable discharge, but how certain it is, how strongly to regularise, and where a further station
+should be. All of it follows from one matrix.
 
 The concentration is carried by the flow :math:`w`, spreads and decays:
 
 .. math::
 
-   \partial_t u + w \cdot \nabla u - D \Delta u + \lambda u = q, \qquad u = 0 \text{ at } t = 0 \text{ and where water
-   flows in.}
+   \partial_t u + w \cdot \nabla u - D \Delta u + \lambda u &= q, \\
+   u &= 0 \text{ at } t = 0 \text{ and where water flows in.}
 
 It is *linear* in :math:`q`, with *constant operators*, and the readings are finitely many numbers. Where this is so,
 the readings are :math:`d = F q + \eta` with a matrix :math:`F`, and with Gaussian noise :math:`\eta \sim N(0, \sigma^2
@@ -20,11 +20,9 @@ I)` and a Gaussian prior with covariance :math:`\Gamma / \alpha` the posterior i
 
 .. math::
 
-   \bar q = \operatorname{arg\,min} \frac{|F q - d|^2}{2 \sigma^2} + \frac{\alpha}{2} |q|^2_{\Gamma^{-1}}, \qquad
-   \operatorname{Cov} = \Big(\frac{F^T F}{\sigma^2} + \alpha\, \Gamma^{-1}\Big)^{-1} .
+   \bar q &= \operatorname{arg\,min} \frac{|F q - d|^2}{2 \sigma^2} + \frac{\alpha}{2} |q|^2_{\Gamma^{-1}}, \\
+   \operatorname{Cov} &= \Big(\frac{F^T F}{\sigma^2} + \alpha\, \Gamma^{-1}\Big)^{-1} .
 """
-
-# sphinx_gallery_thumbnail_number = 2
 
 # %%
 # The evolution
@@ -104,8 +102,8 @@ assert mismatch < noise  # otherwise refine: an error of the model is no noise
 # ---------
 # A prior states what is plausible before there are readings. :class:`~pint_fem.BilaplacianPrior` has two coefficients;
 # in the plane they follow from the standard deviation :math:`s` and the correlation length :math:`\rho` of the field:
-# :math:`\delta = \sqrt{2/\pi} / (s \rho)`, :math:`\gamma = \rho^2 \delta / 8`. We expect rates of some 0.04 mg/(l h) and
-# patches of some 0.4 km. ``robin`` keeps the deviation near the shore close to that inside.
+# :math:`\delta = \sqrt{2/\pi} / (s \rho)`, :math:`\gamma = \rho^2 \delta / 8`. We expect rates of some 0.04 mg/(l h)
+# and patches of some 0.4 km. ``robin`` keeps the deviation near the shore close to that inside.
 
 deviation, correlation = 0.04, 0.4  # mg/(l h), km
 delta = np.sqrt(2 / np.pi) / (deviation * correlation)
@@ -114,9 +112,9 @@ prior = pf.BilaplacianPrior(gamma=correlation**2 * delta / 8, delta=delta, robin
 # %%
 # The posterior
 # -------------
-# ``posterior.mean`` and ``posterior.standard_deviation()`` are Firedrake functions. ``degrees_of_freedom`` is the number
-# of combinations of the discharge that the readings determine: of 144 readings and 861 unknowns fewer than twenty. All
-# else comes from the prior, and the standard deviation shows where.
+# ``posterior.mean`` and ``posterior.standard_deviation()`` are Firedrake functions. ``degrees_of_freedom`` is the
+# number of combinations of the discharge that the readings determine: of 144 readings and 861 unknowns fewer than
+# twenty. All else comes from the prior, and the standard deviation shows where.
 
 posterior = F.posterior(prior=prior, noise=noise)
 mean, std = posterior.mean, posterior.standard_deviation()
@@ -129,9 +127,9 @@ assert 0.75 < posterior.misfit() / readings.size < 1.1
 assert inside > 0.9
 
 # %%
-# *Expect* the squared residual to be about the number of readings less the combinations determined, and the truth within
-# two standard deviations nearly everywhere. Where readings and prior are as assumed, both hold; a squared residual far
-# above means that the model or the noise is not the one that you gave.
+# *Expect* the squared residual to be about the number of readings less the combinations determined, and the truth
+# within two standard deviations nearly everywhere. Where readings and prior are as assumed, both hold; a squared
+# residual far above means that the model or the noise is not the one that you gave.
 #
 # Functionals have a mean and a deviation, too: the total discharge is known far better than its place.
 
@@ -143,8 +141,8 @@ assert abs(total.mean - true_total) < 2 * total.standard_deviation
 # %%
 # Pictures of the mean and of the standard deviation
 # --------------------------------------------------
-# Near the stations and upstream of them the deviation is small. Behind the last stations, near the right end, it is that
-# of the prior: nothing that is discharged there passes a station.
+# Near the stations and upstream of them the deviation is small. Behind the last stations, near the right end, it is
+# that of the prior: nothing that is discharged there passes a station.
 
 from firedrake.pyplot import tripcolor
 
@@ -158,8 +156,9 @@ def draw(ax, f, title, **options):
 
 
 # %%
-# The colour scale of the rates has zero in its middle, as the mean of a Gaussian may be negative. For discharges alone
-# ``F.minimize(bounds=(0, None))`` finds the most probable one that is not, by products with the same matrix.
+# The colour scale of the rates has zero in its middle, as the mean of a Gaussian may be negative. With a regularisation
+# in ``J``, ``J.minimize("map", bounds=(0, None))`` finds the best discharge that is not, by products with the same
+# matrix.
 
 if st.is_root:
     figure, axes = plt.subplots(3, 1, figsize=(6, 8.5), layout="constrained", sharex=True)
@@ -169,12 +168,13 @@ if st.is_root:
     figure.colorbar(shown, ax=axes[:2], label="discharge in mg/(l h)")
     shown = draw(axes[2], std, "Posterior standard deviation", cmap="cividis", vmin=0)
     figure.colorbar(shown, ax=axes[2], label="deviation in mg/(l h)")
+    axes[0].label_outer(), axes[1].label_outer()
 
 # %%
 # The weight of the regularisation
 # --------------------------------
-# :math:`\alpha` multiplies the prior's precision, so that 1 is the prior as stated and :math:`\alpha = 4` one of half the
-# standard deviation. ``posterior.choose`` finds it from the readings: *evidence* makes the readings most probable;
+# :math:`\alpha` multiplies the prior's precision, so that 1 is the prior as stated and :math:`\alpha = 4` one of half
+# the standard deviation. ``posterior.choose`` finds it from the readings: *evidence* makes the readings most probable;
 # *discrepancy* lets the squared residual be the number of readings; the *L-curve* is the corner of size over misfit;
 # *gcv* needs no knowledge of the noise. Each takes milliseconds, as the spectrum of the problem is known.
 
@@ -189,8 +189,9 @@ assert max(errors.values()) < 0.7
 
 # %%
 # They agree within a factor of 20, and the error of the mean hardly depends on it. *Evidence* and *gcv* are good first
-# choices. The discrepancy principle regularises too much: it does not count that a fit also explains part of the noise.
-# The curve shows why the corner is not sharp here: the misfit changes little over four decades.
+# choices. The discrepancy principle regularises more, as it does not count that a fit also explains part of the noise,
+# and the corner of the L-curve depends on how both axes are scaled. All of them are at the bend: to its left the mean
+# grows without a better fit, to its right the fit is lost.
 
 curve = posterior.curve(np.geomspace(1e-3, 1e4, 200))
 if st.is_root:
@@ -213,6 +214,7 @@ if st.is_root:
     figure, axes = plt.subplots(3, 1, figsize=(6, 8.5), layout="constrained", sharex=True)
     for number, (ax, sample) in enumerate(zip(axes, samples, strict=True)):
         shown = draw(ax, sample, f"Sample {number + 1} of the posterior", **rates)
+        ax.label_outer()
     figure.colorbar(shown, ax=axes, label="discharge in mg/(l h)", extend="both")
 
 # %%
@@ -249,13 +251,14 @@ gains = [now - choice.value([*range(len(stations)), len(stations) + c]) for c in
 best = int(np.argmax(gains))
 after = typical(now - gains[best])
 if st.is_root:
-    print(f"best further station at {candidates[best]} km: typical deviation {typical(now):.4f} -> {after:.4f} mg/(l h)")
+    print(f"best further station at {candidates[best]} km: typical deviation {after:.4f} mg/(l h) with it")
 assert min(gains) > 0
 assert max(gains) > 2 * min(gains)
 
 # %%
 # The picture has the candidates with areas in proportion to what they would bring, over the present deviation.
 
+# sphinx_gallery_thumbnail_number = 4
 if st.is_root:
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     shown = draw(ax, std, "What a further station would bring", cmap="cividis", vmin=0)
