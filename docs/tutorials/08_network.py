@@ -64,14 +64,14 @@ def network(**options):
 
 
 # %%
-# The task: tell two spirals apart. 400 points of the plane, all in one batch. *All ranks get the same batch*, and all
-# get the same output.
+# The task: tell the points of two arms of a spiral apart, 400 of them, 300 for training, all in one batch. *All ranks get
+# the same batch*, and all get the same output.
 generator = torch.Generator().manual_seed(0)
-angle = 1.2 * torch.pi * torch.rand(400, generator=generator) ** 0.5 + 0.4
 labels = torch.arange(400) % 2
-radius = angle / 5 * (1 - 2 * labels)
-points = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 1)
-points += 0.02 * torch.randn(400, 2, generator=generator)
+turn = 2.5 * torch.rand(400, generator=generator) ** 0.7 + 0.5
+angle = turn + torch.pi * labels
+points = (turn / 3)[:, None] * torch.stack([torch.cos(angle), torch.sin(angle)], 1)
+points += 0.03 * torch.randn(400, 2, generator=generator)
 train, test = slice(0, 300), slice(300, 400)
 
 # %%
@@ -156,10 +156,10 @@ def epoch(net, optimizer):
     return loss.item()
 
 
-EPOCHS = 60
+EPOCHS = 40
 net = network(forward_iterations=1, backward_iterations=1)
 serial = net.serial_copy()
-optimizer, other = torch.optim.Adam(net.parameters(), lr=5e-3), torch.optim.Adam(serial.parameters(), lr=5e-3)
+optimizer, other = torch.optim.Adam(net.parameters(), lr=1e-2), torch.optim.Adam(serial.parameters(), lr=1e-2)
 losses, serial_losses = [], []
 for _ in range(EPOCHS // 2):
     losses.append(epoch(net, optimizer))
@@ -174,7 +174,7 @@ for _ in range(EPOCHS // 2):
 folder = comm.bcast(tempfile.mkdtemp())
 save_checkpoint(folder, net, optimizer, {"epoch": len(losses)})
 net = network(forward_iterations=1, backward_iterations=1)
-optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
 progress = load_checkpoint(folder, net, optimizer)
 assert progress["epoch"] == EPOCHS // 2
 for _ in range(EPOCHS // 2):
