@@ -1,6 +1,5 @@
 """What ranks do together: one rule for failures, decisions and arguments, whatever fails where."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from mpi4py import MPI
 
 from pint_fem.collective import all_ranks, any_rank, collectively, raise_collectively, require_same
 from pint_fem.errors import InputError, SolverFailure, causes, is_numerical
-from tests.limits import time_limit
+from tests.limits import patience, time_limit
+from tests.ranks import program_environment
 
 COMM = MPI.COMM_WORLD
 LAST = COMM.size - 1
@@ -172,14 +172,18 @@ with ending_all_ranks(comm):
 """
 
 
+def _run(command, seconds):
+    root = Path(__file__).resolve().parent.parent
+    given = dict(cwd=root, env=program_environment(), capture_output=True, text=True)
+    return subprocess.run(command, timeout=seconds, check=False, **given)
+
+
 @pytest.mark.starts_mpi
 @pytest.mark.parametrize("leave", ["sys.exit(3)", "raise KeyboardInterrupt"])
 def test_who_leaves_alone_ends_the_run(leave):
     """Without a word to the others, as no exchange is there."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_COMM", "OMPI_UNIVERSE", "PMIX", "ORTE"))}
     command = ["mpiexec", "-n", "2", sys.executable, "-c", LONELY.format(leave=leave)]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = _run(command, 60 * patience())
     assert done.returncode != 0
     assert "rank 1 leaves, which ends the run" in done.stderr
 
@@ -212,10 +216,8 @@ while True:
 @pytest.mark.starts_mpi
 def test_an_interrupt_of_one_rank_ends_all(tmp_path):
     """At any moment of a run that would not end, in Python or in a message."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_COMM", "OMPI_UNIVERSE", "PMIX", "ORTE"))}
     command = ["mpiexec", "-n", "2", sys.executable, "-c", INTERRUPTED, str(tmp_path / "run.h5"), "0.013"]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = _run(command, 120 * patience())
     assert done.returncode not in (0, -signal.SIGKILL)
     assert "KeyboardInterrupt" in done.stderr
     assert "rank 1 is interrupted, which ends the run of all ranks" in done.stderr

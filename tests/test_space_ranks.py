@@ -30,6 +30,7 @@ import pint_fem as pf
 import pint_fem.kernels.direct
 from tests.limits import HANG, patience
 from tests.logs import logged
+from tests.ranks import program_environment
 
 SOLVERS = {
     "serial": {"time_solver": "serial"},
@@ -116,7 +117,7 @@ def test_the_view_names_the_solvers(monkeypatch):
 def test_the_benchmark_compares_one_rank_with_two(tmp_path):
     command = [sys.executable, "-m", "tests.benchmarks.space", "--cases", "small", "--steps", "2", "--repeats", "1"]
     command += ["--details", str(tmp_path / "all.json")]
-    subprocess.run(["mpiexec", "-n", "2", *command], check=True, timeout=HANG * patience())
+    subprocess.run(["mpiexec", "-n", "2", *command], env=program_environment(), check=True, timeout=HANG * patience())
     found = json.loads((tmp_path / "all.json").read_text())
     assert set(found) == {"cube 8", "square 16"}
     for case in found.values():

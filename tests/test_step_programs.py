@@ -260,7 +260,9 @@ def test_programs_write_before_they_read(name):
 @pytest.mark.parallel([1, 2, 3])
 @time_limit(60)
 def test_copies_on_several_ranks_are_made_for_some_states_at_a_time(monkeypatch):
-    """The same bits, as one call after another continues where the last one ended."""
+    """The same bits, as one call after another continues where the last one ended; and for one state, which all ranks
+    step, as among many, which are divided among the ranks.
+    """
     made, comm = propagator("walls, SDIRK2"), COMM_WORLD
     n, results = made.evolution.state_size, []
     u, added = random_states(0, comm, 40, n), random_states(1, comm, 40, 5, n)
@@ -274,6 +276,10 @@ def test_copies_on_several_ranks_are_made_for_some_states_at_a_time(monkeypatch)
                 np.array_equal(a, b)
                 for a, b in zip([other[0], *other[1]], [results[-3][0], *results[-3][1]], strict=True)
             )
+        for lanes in (1, 2):
+            few = apply(program, comm, u[:lanes], 5, added[:lanes], [load[:lanes] for load in loads])
+            for a, b in zip([few[0], *few[1]], [results[-1][0], *results[-1][1]], strict=True):
+                assert np.array_equal(a, b[:lanes])
 
 
 @pytest.mark.parallel(2)

@@ -298,8 +298,16 @@ class Factor:
             return self.blocks.solve(rows)
         out = np.empty(rows.shape)
         if self.triangular is not None:
-            for row, result in zip(self._replication.gathered(rows), out, strict=True):
-                result[:] = self.triangular.solve(row, transposed=transposed)[self._replication.own]
+            copies = self._replication  # a right-hand side on one rank where every rank has one
+            divided = 1 < copies.comm.size <= len(rows)
+            solved = [
+                self.triangular.solve(row, transposed=transposed)
+                for row in (copies.divided(rows) if divided else copies.gathered(rows))
+            ]
+            if divided:
+                copies.returned(np.array(solved).reshape(-1, copies.total), out)
+            else:
+                out[:] = [row[copies.own] for row in solved]
             return out
         x, b = self.matrix.createVecs()
         for row, result in zip(rows, out, strict=True):
@@ -319,7 +327,7 @@ class Factor:
         if self.triangular is not None:
             size = self.matrix.comm.size
             whole = "" if size == 1 else f", of the whole on each of {size} ranks"
-            return f"triangular factors of {self.triangular.left.entries / 1e6:.1f} million entries{whole}"
+            return f"triangular factors of {self.triangular.left.entries:,} entries{whole}"
         if self.blocks is not None:
             return self.blocks.description
         return f"PETSc's {self.ksp.getType()} with {self.ksp.getPC().getType()}"

@@ -1,7 +1,7 @@
 """Execution of step programs: on lanes where all matrices are small enough and factored for them, else by PETSc.
 
-Several ranks in space that share small systems have copies of all matrices: they exchange the states before a call and
-take all steps of it on copies; larger ones are solved on blocks of states
+Several ranks in space that share small systems have copies of all matrices: they exchange the states before and after a
+call, and each takes all steps of some of its lanes; larger ones are solved on blocks of states
 (:mod:`~pint_fem.kernels.space.block_steps`). PETSc takes one state after another.
 """
 
@@ -112,7 +112,9 @@ def execution(program: StepProgram, comm: MPI.Comm, times: dict | None = None) -
 
 
 class _ReplicatedSteps:
-    """Steps on copies of the states of all ranks in space, some states at a time."""
+    """Steps on whole states, some at a time: where there are as many lanes as ranks in space, each rank steps some of
+    them, otherwise all ranks step copies of all. A state's result is the same, as it does not depend on other lanes.
+    """
 
     def __init__(self, lanes: LaneSteps, replication: Replication, program: StepProgram):
         self._lanes, self._replication = lanes, replication
@@ -132,26 +134,40 @@ class _ReplicatedSteps:
         states: Sequence[np.ndarray | None] = (),
     ) -> None:
         """Take steps as :meth:`Steps.run` (collective over space)."""
-        total, own = self._replication.total, self._replication.own
-        for rows, window in windows(*out.shape[:2], _COPIED / total, max(WIDTHS[self._lanes.dtype])):
+        ranks, widest = self._replication.comm.size, max(WIDTHS[self._lanes.dtype])
+        # each lane on one rank where every rank has one; fewer lanes are stepped on every rank
+        divided = len(u) >= ranks
+        most = _COPIED / self._replication.total
+        whole = self._replication.divided if divided else self._replication.gathered
+        for rows, window in windows(
+            *out.shape[:2], most * ranks if divided else most, widest * ranks if divided else widest
+        ):
             part = lambda a: None if a is None else a[rows, window]  # noqa: B023
-            gathered = lambda a: None if a is None else self._replication.gathered(a)
-            results = np.empty((*part(out).shape[:2], total))
+            copied = lambda a: None if a is None else whole(a)
+            start = copied(out[rows, window.start - 1] if window.start else u[rows])
+            results = np.empty((len(start), window.stop - window.start, self._replication.total))
             copies: list[np.ndarray | None] = []
             for number, a in enumerate(states):
                 new = a is not None and number in self._writes
-                copies.append(np.empty_like(results) if new else gathered(part(a)))
-            start = out[rows, window.start - 1] if window.start else u[rows]
-            self._lanes.run(gathered(start), results, gathered(part(added)), copies)
-            out[rows, window] = results[..., own]
+                copies.append(np.empty_like(results) if new else copied(part(a)))
+            self._lanes.run(start, results, copied(part(added)), copies)
+            self._keep(results, out[rows, window], divided)
             for number in self._writes:
                 if number < len(states) and states[number] is not None:
-                    states[number][rows, window] = copies[number][..., own]
+                    self._keep(copies[number], states[number][rows, window], divided)
+
+    def _keep(self, results: np.ndarray, out: np.ndarray, divided: bool) -> None:
+        """Write the own unknowns of whole states."""
+        if divided:
+            self._replication.returned(results, out)
+        else:
+            out[...] = results[..., self._replication.own]
 
     @property
     def seconds(self) -> dict[int, float]:
-        """Measured seconds of a step of all lanes, for each width, without the exchange of states."""
-        return self._lanes.seconds
+        """Measured seconds of a step of all lanes, by their number, without the exchange of states."""
+        ranks, measured = self._replication.comm.size, self._lanes.seconds
+        return {1: measured[min(measured)]} | {ranks * width: seconds for width, seconds in measured.items()}
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -160,8 +176,10 @@ class _ReplicatedSteps:
 
     def work_nbytes(self, states: int) -> int:
         """Bytes of copies of states, and of the memory that kernels share."""
-        copied = min(states, max(int(_COPIED / self._replication.total), max(WIDTHS[self._lanes.dtype])))
-        return self._lanes.work_nbytes(states) + 8 * self._lanes.arrays * copied * self._replication.total
+        ranks = self._replication.comm.size
+        share = states if states < ranks else -(-states // ranks)
+        copied = min(share, max(int(_COPIED / self._replication.total), max(WIDTHS[self._lanes.dtype])))
+        return self._lanes.work_nbytes(share) + 8 * self._lanes.arrays * copied * self._replication.total
 
 
 class PetscSteps(ProgramVectors):

@@ -11,10 +11,11 @@ with ``a(1) = b(1) = 0``, so that measured kernels are what was measured. What a
 space, ``space_solver``, decides on ``C``, ``a`` and ``b``:
 
 ``"replicated"`` (small systems)
-    Every rank has the whole factor and solves the whole system. ``C`` is constant. A call begins with an all-gather of
-    the states, so that ``p`` ranks are never faster than ``q``:
+    Every rank has the whole factor and solves whole systems, for its share of the states of a call: :math:`W` states on
+    ``q`` ranks take as long as :math:`W p / q` on ``p``, without exchanges. Fewer states than ranks are stepped on all
+    of them, which is no faster. All unknowns of a share are exchanged before a call, the own ones of all states after:
 
-    .. math::  a(p) = (p - 1)\, \ell, \qquad b(p) = \frac{8 n}{\beta} \Bigl(1 - \frac1p\Bigr).
+    .. math::  a(p) = 2 (p - 1)\, \ell, \qquad b(p) = 2\, \frac{8 n}{\beta}\, \frac1p \Bigl(1 - \frac1p\Bigr).
 
 ``"substructuring"`` (parallel direct solver)
     A rank eliminates the interior unknowns of its part; those on the interfaces of all parts,
@@ -168,7 +169,7 @@ def exchange_seconds(calibration: Calibration, ranks: int, network: Network) -> 
         return 0.0, 0.0
     doublings = ceil(log2(ranks))
     if kind == "replicated":
-        return (ranks - 1) * network.latency, c.state_bytes * (1 - 1 / ranks) / network.bandwidth
+        return 2 * (ranks - 1) * network.latency, 2 * c.state_bytes * (1 - 1 / ranks) / ranks / network.bandwidth
     if kind == "substructuring":
         nbytes = 8 * GATHERED * _interface(c, ranks)
         return 2 * c.stages * doublings * network.latency, c.stages * nbytes / network.bandwidth
@@ -197,7 +198,14 @@ def space_kernels(calibration: Calibration, ranks: int, network: Network) -> dic
         a, b = measured_exchange
         work = [max(0.0, t - a - b * n) for n, t in zip(k.sizes, k.seconds, strict=True)]
         seconds = [ratio * t + per_call + per_state * n for n, t in zip(k.sizes, work, strict=True)]
-        return Kernel(k.sizes, tuple(seconds), k.lanes)
+        if solver_of(c) != "replicated":
+            return Kernel(k.sizes, tuple(seconds), k.lanes)
+        # one state on each rank takes as long as one on all of them
+        shared = {1: 1, ranks: 1} | {ceil(n * ranks / measured): n for n in k.sizes if n > measured}
+        by_size = dict(zip(k.sizes, work, strict=True))
+        alone = by_size.get(1, work[0] / k.sizes[0])
+        times = {size: by_size.get(n, alone) + per_call + per_state * size for size, n in shared.items()}
+        return Kernel(tuple(times), tuple(times.values()), k.lanes)
 
     return {kind: [predicted(k) for k in levels] for kind, levels in c.kernels[measured].items()}
 
@@ -207,7 +215,7 @@ def assumption(calibration: Calibration) -> str:
     c, measured, kind = calibration, max(calibration.kernels), solver_of(calibration)
     beyond = "space ranks beyond those measured:"
     if kind == "replicated":
-        return f"{beyond} every rank solves whole systems as on {measured}, none is faster"
+        return f"{beyond} every rank solves whole systems as on {measured}, for its share of the states of a call"
     if kind == "substructuring":
         return (
             f"{beyond} a rank has its part's share of the one-rank factor and of the dense inverse on all interfaces, "

@@ -140,8 +140,8 @@ def minimize_one_shot(
     max_it : int
         Most iterations after the first.
     accuracy : float
-        Error of g relative to |g| up to which a step is accepted or rejected and the next one computed; in (0, 1/2).
-        With a small one the solvers are run to that accuracy at every design.
+        Error of g relative to ``|g|`` up to which a step is accepted or rejected and the next one computed; in
+        (0, 1/2). With a small one the solvers are run to that accuracy at every design.
     hold_max_it : int
         Most iterations at one design without halving the residual. If g is not accurate by then, the step is rejected.
     initial_step : float, optional

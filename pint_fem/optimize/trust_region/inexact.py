@@ -105,7 +105,7 @@ class InexactOptions:
         Share of CG's residual tolerance left to the error of a Hessian product; in (0, 1). Larger ones make products
         cheaper, but cost CG iterations where the Hessian is ill-conditioned.
     kappa_model : float
-        Error of a model of the Hessian relative to CG's tolerance over |g|; in (0, 1].
+        Error of a model of the Hessian relative to CG's tolerance over ``|g|``; in (0, 1].
     max_tightenings : int
         How often a gradient is computed again, more accurately, at most.
 

@@ -139,9 +139,9 @@ def minimize_trust_region(
         Most CG iterations at an iterate; also the number of vectors stored (twice as many with a preconditioner that is
         updated).
     cg_rtol : float, optional
-        Residual of CG relative to |g|, a number instead of `cg_forcing`.
+        Residual of CG relative to ``|g|``, a number instead of `cg_forcing`.
     cg_forcing : {"superlinear", "eisenstat-walker-1", "eisenstat-walker-2"} or float
-        Residual of CG relative to |g| by a rule of :mod:`pint_fem.optimize.trust_region.forcing`; "superlinear" is
+        Residual of CG relative to ``|g|`` by a rule of :mod:`pint_fem.optimize.trust_region.forcing`; "superlinear" is
         ``min(0.5, sqrt(|g| / |g at x0|))``.
         Where g is inexact, CG does not go below its error.
     preconditioner : callable or "limited-memory", optional

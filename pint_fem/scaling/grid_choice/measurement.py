@@ -1,10 +1,11 @@
 """The measurement of a problem's steps on each number of ranks in space that may pay.
 
-*What is not measured.* Small linear systems are solved whole by every rank in space, so that one rank in space is
-measured only, and nothing where that leaves one grid. Otherwise few ranks in space come first; more are left out where
-they could not be the fastest even if a step took :math:`d^{-4/3}` of the time. Linear systems whose factorisation on
-one rank would take long begin with all ranks in space. Where posing and factoring would exceed the budget of seconds,
-by the operations of nested dissection, nothing is measured, nor after the budget is spent. What was left out is said.
+*What is not measured.* Where linear systems are small, ranks in space share the states of a call, as ranks in time do
+with fewer messages, so that one rank in space is measured only, and nothing where that leaves one grid. Otherwise few
+ranks in space come first; more are left out where they could not be the fastest even if a step took :math:`d^{-4/3}` of
+the time. Linear systems whose factorisation on one rank would take long begin with all ranks in space. Where posing and
+factoring would exceed the budget of seconds, by the operations of nested dissection, nothing is measured, nor after the
+budget is spent. What was left out is said.
 """
 
 from __future__ import annotations
