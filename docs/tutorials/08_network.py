@@ -64,14 +64,13 @@ def network(**options):
 
 
 # %%
-# The task: tell the points of two arms of a spiral apart, 400 of them, 300 for training, all in one batch. *All ranks get
-# the same batch*, and all get the same output.
+# The task: tell the points of two crescents apart, which no straight line does. 300 points for training and 100 for the
+# test, all in one batch. *All ranks get the same batch*, and all get the same output.
 generator = torch.Generator().manual_seed(0)
 labels = torch.arange(400) % 2
-turn = 2.5 * torch.rand(400, generator=generator) ** 0.7 + 0.5
-angle = turn + torch.pi * labels
-points = (turn / 3)[:, None] * torch.stack([torch.cos(angle), torch.sin(angle)], 1)
-points += 0.03 * torch.randn(400, 2, generator=generator)
+angle = torch.pi * torch.rand(400, generator=generator)
+crescent = torch.stack([torch.cos(angle) - 0.5, torch.sin(angle) - 0.25], 1)
+points = crescent * (1 - 2 * labels)[:, None] / 1.5 + 0.05 * torch.randn(400, 2, generator=generator)
 train, test = slice(0, 300), slice(300, 400)
 
 # %%
@@ -204,8 +203,14 @@ assert accuracy == accuracy_of_copy
 assert accuracy > 0.9
 
 # %%
+# **What could go wrong.** A network that was trained with inexact sweeps is evaluated exactly. If the loss of the
+# training falls and the accuracy of the evaluation does not, the sweeps of the training were too inexact for the
+# parameters that they led to: here with points three times as large the loss fell to 0.007 in 50 steps with 2 + 2
+# cycles, and the exact accuracy was 77%. Compare with ``evaluation="same"``, measure the error of the gradient again as
+# in section 3, and take more cycles, a smaller M or a smaller ``h``.
+#
 # The losses of the two trainings, with gradients of one cycle each way and exact ones, and the regions that the network
-# has learned. The background is a contour of its output over the plane.
+# has learned in this short training. The background is a contour of its output over the plane.
 axis = torch.linspace(-1.1, 1.1, 80)
 plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
 with torch.no_grad():
