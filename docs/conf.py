@@ -38,7 +38,7 @@ extensions = [
     "option_tables",
 ]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
-exclude_patterns = ["_build", "_ext", "_templates", "pictures", "tutorials/GALLERY_HEADER.rst", "clusters.md"]
+exclude_patterns = ["_build", "_ext", "_templates", "pictures", "tutorials/GALLERY_HEADER.rst"]
 templates_path = ["_templates"]
 language = "en"
 nitpicky = (

@@ -16,7 +16,7 @@ pytest.importorskip("greenlet")
 from pint_fem import commands
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, SCRIPT = ROOT / "docs" / "clusters.md", ROOT / "docs" / "two_nodes.sh"
+PAGE, SCRIPT = ROOT / "docs" / "tutorials" / "09-cluster.md", ROOT / "docs" / "tutorials" / "two_nodes.sh"
 TEXT = PAGE.read_text()
 STAND_INS = {
     "srun": 'while [[ "$1" == -* ]]; do shift; done; exec "$@"',
@@ -100,7 +100,7 @@ def test_plans_of_the_page(line, capsys):
 def test_code_of_the_page():
     (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     names = {}
-    exec(compile(block, "clusters.md", "exec"), names)
+    exec(compile(block, "09-cluster.md", "exec"), names)
     assert names["found"].grid == f"1x{names['spacetime'].comm.size}"
     assert names["J"].problem.sweeps.evolution.nsteps == 64
 
@@ -109,4 +109,4 @@ def test_links_of_the_page():
     found = re.findall(r"\]\(([^)#]+)", TEXT)
     assert found
     assert all((PAGE.parent / link).exists() for link in found)
-    assert "(docs/clusters.md)" in (ROOT / "README.md").read_text()
+    assert "(docs/tutorials/09-cluster.md)" in (ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #
-# An inversion on two nodes that continues from its checkpoint when the time limit is reached: sbatch docs/two_nodes.sh
+# An inversion on two nodes that continues from its checkpoint when the time limit is reached: sbatch docs/tutorials/two_nodes.sh
 # Set PINT_FEM to the checkout, and SHARED to a folder that all nodes see. GRID, STEPS and LAUNCH may be set, too.
 set -euo pipefail
 
