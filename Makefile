@@ -5,7 +5,7 @@
 # make mnist  a deep residual network, layers in parallel
 # make docs   this package's site, in docs/_build/html; ARGS='-D plot_gallery=0' skips running the tutorials
 # make scaling  what up to 16,384 ranks would do, by the performance model; tables and plots in results/scaling/
-# make clean  remove what the above made
+# make dist   the source distribution and the wheel, in dist/   make clean  remove what the above made
 #
 # An existing Firedrake is used instead of building one:   make env PYTHON=/path/to/python
 # An existing PETSc of the right version likewise:         PETSC_DIR=... PETSC_ARCH=... make env
@@ -20,7 +20,7 @@ endif
 
 # an existing Firedrake's Python is remembered from one call to the next
 PYTHON     ?= $(shell cat .venv/existing-python 2>/dev/null || echo python3)
-EXTRAS     ?= fem,plots,vtk,programs,resnet,scaling,test,bench,docs
+EXTRAS     ?= fem,plots,vtk,resnet,scaling,test,bench,docs
 OUT        ?= results/heat_source
 
 # What has to match; everything else is a range in pyproject.toml.
@@ -37,7 +37,7 @@ APT_PACKAGES := make gcc g++ gfortran cmake pkg-config bison flex python3-dev py
 
 # ---- which Python runs everything ---------------------------------------------------------------------------
 # With a Firedrake in $(PYTHON), that interpreter; otherwise the one in .venv, where Firedrake gets built.
-NEEDS_ENV := $(filter-out clean help,$(or $(MAKECMDGOALS),env))
+NEEDS_ENV := $(filter-out clean dist help,$(or $(MAKECMDGOALS),env))
 ifneq ($(NEEDS_ENV),)
 HAS_FIREDRAKE := $(shell $(PYTHON) -c 'import importlib.util as u, os, sys; \
     print(not os.path.samefile(sys.prefix, ".venv" if os.path.isdir(".venv") else ".") and u.find_spec("firedrake") is not None)')
@@ -89,7 +89,7 @@ PIP := $(CLEANENV) $(PY) -m pip install --disable-pip-version-check
 # torch's CPU build where pip finds one; PyPI's own comes with CUDA libraries, several GB: TORCH_INDEX=URL names another index
 TORCH = { $(PIP) 'torch==$(TORCH_VERSION)+cpu' || $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION); }
 
-.PHONY: env ready demo mnist test test-all bench scaling docs docs-check lint clean help
+.PHONY: env ready demo mnist test test-all bench scaling docs docs-check lint dist clean help
 env:  ## the graph below runs two steps at a time (one PETSc configure and the h5py build use one core each)
 	@$(MAKE) --no-print-directory -j2 $(STEPS)/package PYTHON='$(PYTHON)'
 	@$(MAKE) --no-print-directory ready PYTHON='$(PYTHON)'
@@ -172,8 +172,17 @@ docs-check: env  ## in a browser without a display, after make docs
 lint: env
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check pint_fem && $(RUN) -m mypy
 
+# without an environment: a Python with setuptools makes both from the files of this folder, without a network
+dist:
+	@rm -rf build pint_fem.egg-info && mkdir -p dist
+	@p=$(PYTHON); [ -x .venv/bin/python ] && p=.venv/bin/python; echo "[dist] building ..."; \
+	$$p -c "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')" >dist/build.log 2>&1 || \
+	{ tail -n 5 dist/build.log >&2; echo "[dist] FAILED: full log in dist/build.log; it needs 'setuptools>=77'" >&2; exit 1; }
+	@rm -rf build && echo "[dist] written: $$(cd dist && ls -t *.whl *.tar.gz | head -n 2 | paste -sd' ') in $(CURDIR)/dist"
+	@echo "[dist] next: pip install dist/*.whl, into an existing Firedrake or by itself for the solver core"
+
 clean:
-	rm -rf .venv results data/mnist build docs/_build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv results data/mnist build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:

@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from demos.coefficient_inversion import add_coefficients, invert_coefficients, settle_coefficients
+from demos.outputs import load_firedrake
 from pint_fem.cli import ProgramParser, file_name, positive, run
 
+NEXT_STEP = "open speed.png and shots.png; then groups of experiments: mpiexec -n 2, --grid 1x1x2"
 MINIMISATION = {"hessian": "gauss-newton", "initial_radius": 0.1, "cg_forcing": 0.2, "cg_max_it": 8}
 """Options of the trust region; steps of Gauss and Newton, as far from the result the Hessian is indefinite."""
 
@@ -38,7 +40,7 @@ def bands(text: str) -> tuple[float, ...]:
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="acoustic_velocity_inversion.py", description=__doc__)
+    parser = ProgramParser(prog="acoustic_velocity_inversion.py", description=__doc__, next_step=NEXT_STEP)
     add = parser.add_argument
     add("--bands", type=bands, metavar="F1,F2,...", help="peak frequencies of the bands in Hz (2,3,4.5)")
     add("--cells", type=positive(int), default=12, help="cells per kilometre, a multiple of 4 (12)")
@@ -60,6 +62,7 @@ def arguments():
 def main():
     """Run the inversion."""
     opts = arguments()
+    load_firedrake()
     from demos.acoustic_velocity_report import further_report
     from problems import acoustic_velocity as posed
     from problems.acoustic_readings import NOISE, READINGS

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from demos.inversion import add_method, add_trust_region, settle_method
-from pint_fem.cli import ProgramParser, file_name, positive
+from pint_fem.cli import ProgramParser, file_name, positive, say, waiting
 
 __all__ = ["Shown", "add_box", "invert_box", "settle_box"]
 
@@ -140,13 +140,10 @@ def invert_box(
     if not opts.exact and opts.method != "map":
         solver["typical_rtol"] = 1e-2  # of products with the Hessian, which are most of the solves
 
-    def say(text: str = "") -> None:
-        if spacetime.is_root:
-            print(text, flush=True)
-
     say(f"{title} on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
     start = time.perf_counter()
-    problem = pose(spacetime, **settings, solver_parameters=solver)
+    with waiting("set-up: meshes, forms, kernels, factors"):
+        problem = pose(spacetime, **settings, solver_parameters=solver)
     times, rf = {"set-up": time.perf_counter() - start}, problem.rf
     V, control = problem.evolution.V, problem.evolution.control.function_space()
     sizes = " + ".join(str(part.dim()) for part in V)

@@ -9,9 +9,9 @@ import numpy as np
 from firedrake import assemble, dx, inner
 
 from demos.box_inversion import Shown
+from demos.curves import plot_sensors
 from demos.heat_source_report import convergence_picture, mgrit_summary, result_summary
 from demos.outputs import write_json
-from demos.pictures import plot_sensors
 from demos.posterior_report import posterior_summary, regularisation_picture
 from demos.slices import Sections, plot_sections
 from pint_fem.kernels.arrays import get
@@ -86,8 +86,7 @@ def report(
         summary["compare_serial"] = compare()
         summary["seconds"]["comparison"] = time.perf_counter() - start
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)
-    outputs.finish()
-    say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
+    outputs.finish(out, opts.next_step)
 
 
 def _sections(problem: BoxSource, named: list, deviation, shown: Shown, out) -> Callable[[], None]:

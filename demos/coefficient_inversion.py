@@ -15,7 +15,7 @@ from typing import Any
 
 from demos.inversion import add_trust_region, settle_method
 from demos.planned_grid import GRID_HELP, measured_grid
-from pint_fem.cli import ProgramParser, positive
+from pint_fem.cli import ProgramParser, positive, say, waiting
 
 __all__ = ["add_coefficients", "factors", "invert_coefficients", "settle_coefficients"]
 
@@ -141,10 +141,6 @@ def invert_coefficients(
     grid, about = measured_grid(opts.grid, measure, solver=solver, experiments=count)
     spacetime = SpaceTime(grid)
 
-    def say(text: str = "") -> None:
-        if spacetime.is_root:
-            print(text, flush=True)
-
     def posed(own: Mapping[str, Any], experiments: Sequence[int] | None = None):
         return pose(spacetime, **{**settings, **own}, experiments=experiments, solver_parameters=solver)
 
@@ -154,7 +150,8 @@ def invert_coefficients(
     start, history, calls, finished = None, [], [0, 0, 0], []
     for number, (label, own) in enumerate(stages):
         clock = time.perf_counter()
-        problem = posed(own)
+        with waiting("set-up: forms, kernels, factors"):
+            problem = posed(own)
         times["set-up"] += time.perf_counter() - clock
         if not number:
             say(_sizes(problem))

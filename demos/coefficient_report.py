@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from demos.curves import plot_sensors
 from demos.heat_source_report import convergence_picture, mgrit_summary, result_summary
 from demos.outputs import write_json
-from demos.pictures import Raster, plot_fields, plot_sensors
+from demos.pictures import Raster, plot_fields
 from pint_fem.paraview import write_functions
 from problems.experiments import CoefficientProblem, relative_error
 
@@ -100,8 +101,7 @@ def report(
         summary["compare_serial"] = compare()
         summary["seconds"]["comparison"] = time.perf_counter() - start
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)
-    outputs.finish()
-    say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
+    outputs.finish(out, opts.next_step)
 
 
 def coefficient_summary(problem: CoefficientProblem, found: list, shipped: bool, say: Callable) -> dict:

@@ -12,9 +12,10 @@ from firedrake import Constant, Function
 from mpi4py import MPI
 
 from demos.control_pictures import Course, Row, plot_controls, plot_rows
+from demos.curves import plot_convergence
 from demos.inversion import sum_of_counts
 from demos.outputs import write_json
-from demos.pictures import Raster, animate, gather_images, plot_convergence
+from demos.pictures import Raster, animate, gather_images
 from pint_fem.kernels.arrays import is_real, put
 from pint_fem.paraview import write_fields
 from problems.control import ControlProblem
@@ -112,8 +113,7 @@ def report(
         summary["compare_serial"] = compare()
         summary["seconds"]["comparison"] = time.perf_counter() - start
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)
-    outputs.finish()
-    say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
+    outputs.finish(out, opts.next_step)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demos.inversion import add_trust_region, settle_method, sum_of_counts, summary_of
-from demos.outputs import Outputs, Progress, output_folder
+from demos.outputs import Outputs, output_folder
 from demos.planned_grid import GRID_HELP, measured_grid
-from pint_fem.cli import ProgramParser, positive
+from pint_fem.cli import ProgramParser, positive, say, waiting
 
 if TYPE_CHECKING:
     from demos.control_report import Labels
@@ -154,15 +154,12 @@ def control(
     grid, about = measured_grid(opts.grid, measure, solver=solver)
     spacetime = SpaceTime(grid)
 
-    def say(text: str = "") -> None:
-        if spacetime.is_root:
-            print(text, flush=True)
-
     if about:
         say(about)
     say(f"{title} on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
     start = time.perf_counter()
-    problem = pose(spacetime, settings, solver_parameters=solver)
+    with waiting("set-up: forms, kernels, factors"):
+        problem = pose(spacetime, settings, solver_parameters=solver)
     times["set-up"] = time.perf_counter() - start
     ev, limits = problem.evolution, "no bounds" if problem.bounds is None else f"bounds {_shown(problem.bounds)}"
     values = sum(q.function_space().dim() for q in ev.controls) * ev.nsteps
@@ -204,7 +201,7 @@ def _minimised(problem: ControlProblem, opts, say: Callable):
     if opts.checkpoint is not None:
         options |= dict(checkpoint=opts.checkpoint, if_save_fails=opts.if_save_fails)
     logger = logging.getLogger("pint_fem")  # prints the choice of "auto"
-    with Progress(rf.spacetime.is_root) as progress:
+    with waiting("minimisation") as progress:
         sweeps.on_sweep = lambda kind, result: progress(
             f"{kind} sweep: {result.cycles} cycles; so far "
             + ", ".join(f"{n} {k}" for k, n in sum_of_counts([sweeps]).items())

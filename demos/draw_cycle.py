@@ -1,11 +1,10 @@
 """Draw a V-cycle and an F-cycle of MGRIT in space-time: levels, C-points and steps are those that the solver takes.
 
-    python demos/draw_cycle.py [--out FILE]            (default: pint_fem/mgrit/cycle.svg)
+    python demos/draw_cycle.py [--out FILE] [--dark]   (default: docs/theory/cycle.svg)
 
 The same bytes each time with the same matplotlib. Any format of matplotlib's will do, by FILE's ending.
 """
 
-import argparse
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -18,16 +17,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
+from demos.style import Theme
+from pint_fem.cli import ProgramParser, last_lines, run, waiting
+from pint_fem.files import as_input_error
 from pint_fem.mgrit import MGRIT, split_steps
 from pint_fem.mgrit.cycle import Cycle
 
-OUT = Path(__file__).resolve().parent.parent / "pint_fem" / "mgrit" / "cycle.svg"
+OUT = Path(__file__).resolve().parent.parent / "docs" / "theory" / "cycle.svg"
 NSTEPS, COARSENING, RANKS = 16, (2, 2), 2
 WIDTH, LEFT, STEP, ROW = 900, 274, 38, 62  # pixels: of the picture, of point 0, between points, between rows
 LEVEL_X, LEVEL_STEP = 208, 19
 RADIUS, TEXT, BELOW = 5, 12, 14
-COLOURS = {"F": "#1f6fb4", "C": "#d2601a", "restrict": "#2b8a57", "take": "#7a4aa0", "coarsest": "#333333"}
-SHADES = ("#eef3f9", "#fbf4e9")
+SHADES = {False: ("#eef3f9", "#fbf4e9"), True: ("#1b2633", "#2b2419")}
+"""Of the slabs, on a light and on a dark page."""
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "pint_fem",
@@ -35,7 +37,12 @@ STYLE = {
     "font.sans-serif": "DejaVu Sans",
     "font.size": TEXT,
 }
-POINT = dict(linestyle="none", markersize=2 * RADIUS, markeredgewidth=1.4, markeredgecolor="black", clip_on=False)
+POINT = dict(linestyle="none", markersize=2 * RADIUS, markeredgewidth=1.4, clip_on=False)
+
+
+def colours_of(look):
+    """Colours of the arrows by what they stand for, on a light or a dark page."""
+    return {"F": look.blue, "C": look.orange, "restrict": look.green, "take": look.purple, "coarsest": look.text}
 
 
 # -- what the solver does ----------------------------------------------------------------------------------------------
@@ -153,18 +160,18 @@ def describe(level, row):
 
 
 # -- the picture -------------------------------------------------------------------------------------------------------
-def draw_points(ax, level, y):
+def draw_points(ax, level, y, look):
     """The line of a level with its points: C-points filled, F-points open, those of the coarsest level square."""
     ax.plot(
-        [place(level, 0), place(level, level.nsteps)], [y, y], color="#9a9a9a", linewidth=1, zorder=1, clip_on=False
+        [place(level, 0), place(level, level.nsteps)], [y, y], color="#8c959f", linewidth=1, zorder=1, clip_on=False
     )
     x = np.array([place(level, n) for n in range(level.nsteps + 1)])
     if level.c_points is None:
-        ax.plot(x, np.full(len(x), y), marker="s", markerfacecolor="#8c8c8c", zorder=4, **POINT)
+        ax.plot(x, np.full(len(x), y), marker="s", markerfacecolor="#8c8c8c", zorder=4, mec=look.text, **POINT)
         return
     is_c = np.isin(np.arange(len(x)), level.c_points)
-    for which, colour in ((is_c, "black"), (~is_c, "white")):
-        ax.plot(x[which], np.full(which.sum(), y), marker="o", markerfacecolor=colour, zorder=4, **POINT)
+    for which, colour in ((is_c, look.text), (~is_c, look.page)):
+        ax.plot(x[which], np.full(which.sum(), y), marker="o", markerfacecolor=colour, zorder=4, mec=look.text, **POINT)
 
 
 def draw_row(level, row, y, arrows):
@@ -174,7 +181,7 @@ def draw_row(level, row, y, arrows):
         arc(arrows.setdefault(kind, Arrows()), (place(level, n), place(level, n + 1)), y, 9 if kind == "C" else -9)
 
 
-def draw_cycle(ax, kind, top):
+def draw_cycle(ax, kind, top, look):
     """One cycle from the line ``top`` on; returns the line below it."""
     levels, stages = one_cycle(kind)
     rows = rows_of(stages)
@@ -187,19 +194,21 @@ def draw_cycle(ax, kind, top):
     for rank in range(RANKS):
         own = range(bounds[rank] + (rank > 0), bounds[rank + 1] + 1)
         left, right = LEFT + STEP * (own[0] - 0.5), LEFT + STEP * (own[-1] + 0.5)
-        slab = Rectangle((left, top - 12), right - left, bottom - top + 12, color=SHADES[rank], lw=0, zorder=0)
+        slab = Rectangle(
+            (left, top - 12), right - left, bottom - top + 12, color=SHADES[look.dark][rank], lw=0, zorder=0
+        )
         ax.add_patch(slab)
         what = f"rank {rank}: " + ("initial value, " if rank == 0 else "") + f"points {max(own[0], 1)} to {own[-1]}"
         ax.text((left + right) / 2, top, what, va="center", ha="center")
     lines = [top + ROW * (0.72 + i) for i in range(len(rows))]
     xs = [LEVEL_X + LEVEL_STEP * row[0][1] for row in rows]
-    ax.plot(xs, lines, color="#777777", linewidth=1, marker="o", markersize=5, clip_on=False)
+    ax.plot(xs, lines, color="#8c959f", linewidth=1, marker="o", markersize=5, clip_on=False)
     for n in range(0, NSTEPS + 1, 2):
-        ax.text(place(levels[0], n), lines[-1] + 20, str(n), va="center", ha="center", fontsize=10, color="#555555")
+        ax.text(place(levels[0], n), lines[-1] + 20, str(n), va="center", ha="center", fontsize=10)
     arrows = {}
     for here, (row, y) in enumerate(zip(rows, lines, strict=True)):
         level = levels[row[0][1]]
-        draw_points(ax, level, y)
+        draw_points(ax, level, y, look)
         draw_row(level, row, y, arrows)
         words = describe(level, row)
         for i, word in enumerate(words):
@@ -211,20 +220,20 @@ def draw_cycle(ax, kind, top):
             for j in range(what == "take", coarse.nsteps + 1):  # the initial value stays as it is
                 x = place(coarse, j)
                 down.add((x, y + 8), (x, y + 20), (x, lines[here + 1] - 8))
-    for name, colour in COLOURS.items():
+    for name, colour in colours_of(look).items():
         arrows[name].draw(ax, colour)
     return bottom
 
 
-def draw_legend(ax, top):
+def draw_legend(ax, top, look):
     """What is what, in three columns."""
     points = [
-        ("o", "black", "C-point: a point of the next level too"),
-        ("o", "white", "F-point"),
+        ("o", look.text, "C-point: a point of the next level too"),
+        ("o", look.page, "F-point"),
         ("s", "#8c8c8c", "point of the coarsest level"),
     ]
     for i, (marker, colour, what) in enumerate(points):
-        ax.plot([24], [top + 20 * i], marker=marker, markerfacecolor=colour, **POINT)
+        ax.plot([24], [top + 20 * i], marker=marker, markerfacecolor=colour, mec=look.text, **POINT)
         ax.text(38, top + 20 * i, what, va="center")
     lines = {
         "F": "F-relaxation: C-point to F-points",
@@ -237,43 +246,43 @@ def draw_legend(ax, top):
         x, y = (330, 620)[i // 3], top + 20 * (i % 3)
         arrow = Arrows()
         arrow.add((x, y), (x + 13, y), (x + 28, y))
-        arrow.draw(ax, COLOURS[name])
+        arrow.draw(ax, colours_of(look)[name])
         ax.text(x + 38, y, what, va="center")
 
 
-def draw():
-    """The figure."""
+def draw(look):
+    """The figure in the colours of a page."""
     rows = [len(rows_of(one_cycle(kind)[1])) for kind in "VF"]
     height = 24 + sum(ROW * n + BELOW for n in rows) + 36 + 84
-    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, facecolor="white")
+    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, facecolor=look.page)
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set_xlim(0, WIDTH)
     ax.set_ylim(height, 0)
     ax.axis("off")
-    below = draw_cycle(ax, "V", 24)
-    below = draw_cycle(ax, "F", below + 36)
-    draw_legend(ax, below + 24)
+    below = draw_cycle(ax, "V", 24, look)
+    below = draw_cycle(ax, "F", below + 36, look)
+    draw_legend(ax, below + 24, look)
     return figure
 
 
-def write(path):
-    """Draw and save."""
-    with mpl.rc_context(STYLE):
+def write(path, *, dark=False):
+    """Draw and save, for a light or a dark page."""
+    look = Theme(dark)
+    with mpl.rc_context(STYLE | {"text.color": look.text}):
         metadata = {"Date": None, "Creator": None} if path.suffix.lower() == ".svg" else None
-        draw().savefig(path, dpi=72, metadata=metadata)
+        draw(look).savefig(path, dpi=72, metadata=metadata)
 
 
 def main():
     """Read the arguments and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ProgramParser(prog="draw_cycle.py", description=__doc__, petsc=False)
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="picture")
-    out = parser.parse_args().out
-    try:
-        write(out)
-    except (OSError, ValueError) as error:
-        parser.error(f"--out {out}: {error}")
-    print(out)
+    parser.add_argument("--dark", action="store_true", help="for a dark page")
+    opts = parser.read()
+    with waiting("drawing"), as_input_error(f"--out {opts.out}", errors=(OSError, ValueError)):
+        write(opts.out, dark=opts.dark)
+    last_lines(opts.out, next_step="see the picture on the site's page on MGRIT, docs/theory/mgrit.md")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

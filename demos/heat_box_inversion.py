@@ -17,15 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from demos.box_inversion import Shown, add_box, invert_box, settle_box
+from demos.outputs import load_firedrake
 from pint_fem.cli import ProgramParser, run
 
+NEXT_STEP = "open source.png, or fields/*.pvd in ParaView; then a finer mesh: --refine 3"
 MOST = 4
 COLUMNS = ("sensor", "x", "y", "z", "time", "temperature")
 
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="heat_box_inversion.py", description=__doc__)
+    parser = ProgramParser(prog="heat_box_inversion.py", description=__doc__, next_step=NEXT_STEP)
     parser.add_argument("--elements", default="P1", choices=["P1", "P2"], help="of the temperature (P1)")
     add_box(parser, out="results/heat_box", most=MOST, columns=COLUMNS, steps=64, integrator="SDIRK2")
     opts = parser.read()
@@ -36,6 +38,7 @@ def arguments():
 def main():
     """Run the inversion."""
     opts = arguments()
+    load_firedrake()
     from demos.heat_source_report import UNIT
     from problems import heat_box as posed
     from problems.heat_box_readings import NOISE, READINGS

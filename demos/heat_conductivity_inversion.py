@@ -16,12 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demos.coefficient_inversion import add_coefficients, invert_coefficients, settle_coefficients
 from demos.inversion import add_plate
+from demos.outputs import load_firedrake
 from pint_fem.cli import ProgramParser, run
+
+NEXT_STEP = "open conductivity.png; then bounds: --bounds 0.2,5, or a smooth prior: --regularisation h1"
 
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="heat_conductivity_inversion.py", description=__doc__)
+    parser = ProgramParser(prog="heat_conductivity_inversion.py", description=__doc__, next_step=NEXT_STEP)
     add_plate(parser.add_argument, columns="experiment,sensor,x,y,time,temperature", steps=128)
     parser.add_argument("--integrator", default="SDIRK2", help="BackwardEuler, SDIRK2 or ImplicitMidpoint (SDIRK2)")
     parser.add_argument(
@@ -39,6 +42,7 @@ def arguments():
 def main():
     """Run the inversion."""
     opts = arguments()
+    load_firedrake()
     from problems import heat_conductivity as posed
     from problems.heat_conductivity_readings import NOISE, READINGS
     from problems.heat_conductivity_setting import HEATERS

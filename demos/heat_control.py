@@ -17,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demos.control_run import add_control_options, control, read_control_options, settings_of
 from pint_fem.cli import ProgramParser, run
 
+NEXT_STEP = "open control.png and movie.gif; then heaters that also cool: --bounds none"
+
 
 def main():
     """Run the demo."""
     from problems.heat_control import HeatControl
 
-    parser = ProgramParser(prog="heat_control.py", description=__doc__)
+    parser = ProgramParser(prog="heat_control.py", description=__doc__, next_step=NEXT_STEP)
     add_control_options(parser, HeatControl(), out="results/heat_control")
     opts = read_control_options(parser)
 

@@ -17,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demos.inversion import add_method, add_plate, add_trust_region, settle_method
 from demos.planned_grid import GRID_HELP, measured_grid, planned_grid
-from pint_fem.cli import ProgramParser, positive, run
+from pint_fem.cli import ProgramParser, positive, run, say, waiting
+
+NEXT_STEP = "open source.png; then readings as they come in: python demos/heat_source_live.py"
 
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="heat_source_inversion.py", description=__doc__)
+    parser = ProgramParser(prog="heat_source_inversion.py", description=__doc__, next_step=NEXT_STEP)
     add = parser.add_argument
     add_method(add)
     add("--grid", metavar="SxT", help=f"ranks in space x ranks in time; {GRID_HELP} all in time, or as calibrated")
@@ -53,7 +55,7 @@ def arguments():
 def main():
     """Run the inversion."""
     opts = arguments()
-    from demos.outputs import Outputs, output_folder
+    from demos.outputs import Outputs, load_firedrake, output_folder
     from pint_fem.spacetime import SpaceTime
 
     solver = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}}
@@ -66,6 +68,7 @@ def main():
         steps=opts.steps,
         calibrated=opts.mesh is None and opts.integrator == "SDIRK2" and opts.method == "trust-region",
     )
+    load_firedrake()
     from problems import heat_source as posed
     from problems.heat_readings import NOISE, READINGS
     from problems.plate import MESH
@@ -88,15 +91,12 @@ def main():
     spacetime, about = SpaceTime(grid), measured or about
     output_folder(opts.out)
 
-    def say(text=""):
-        if spacetime.is_root:
-            print(text, flush=True)
-
     if about:
         say(about)
     say(f"heat source inversion on {spacetime.space_size} x {spacetime.time_size} ranks (space x time)")
     start = time.perf_counter()
-    problem = posed.heat_source(spacetime, **settings, solver_parameters=solver)
+    with waiting("set-up: forms, kernels, factors"):
+        problem = posed.heat_source(spacetime, **settings, solver_parameters=solver)
     sweeps, rf = problem.rf.problem.sweeps, problem.rf
     times = {"set-up": time.perf_counter() - start}
     dofs = problem.evolution.V.dim()

@@ -19,15 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demos.inversion import add_plate
 from demos.planned_grid import GRID_HELP, measured_grid
-from pint_fem.cli import ProgramParser, run
+from pint_fem.cli import ProgramParser, run, say, waiting
 
+NEXT_STEP = "open live.gif; with --live readings are also drawn in a window"
 SHOWN = 4
 """Number of sensors whose readings are drawn."""
 
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="heat_source_live.py", description=__doc__)
+    parser = ProgramParser(prog="heat_source_live.py", description=__doc__, next_step=NEXT_STEP)
     add = parser.add_argument
     add("--grid", metavar="SxT", help=f"ranks in space x ranks in time; {GRID_HELP} all in time")
     add_plate(add)
@@ -39,10 +40,11 @@ def arguments():
 def main():
     """Play the readings."""
     opts = arguments()
-    from demos.outputs import Outputs, output_folder
+    from demos.outputs import Outputs, load_firedrake, output_folder
     from pint_fem.spacetime import SpaceTime
 
     output_folder(opts.out)
+    load_firedrake()
     import numpy as np
     from mpi4py import MPI
 
@@ -59,10 +61,6 @@ def main():
     grid, about = measured_grid(opts.grid, measure, solver=serial, by_map=True)
     spacetime = SpaceTime(grid)
 
-    def say(text=""):
-        if spacetime.is_root:
-            print(text, flush=True)
-
     if about:
         say(about)
     say(f"heat source, readings as they come in, on {spacetime.space_size} x {spacetime.time_size} ranks")
@@ -73,21 +71,24 @@ def main():
         now = time.perf_counter()
         times[name], start = now - start, now
 
-    problem = posed.heat_source(spacetime, **settings, solver_parameters=serial)
+    with waiting("set-up: forms, kernels, factors"):
+        problem = posed.heat_source(spacetime, **settings, solver_parameters=serial)
     clock("set-up")
     read = problem.readings
     shown = np.unique(np.linspace(0, len(read.points) - 1, min(SHOWN, len(read.points))).astype(int))
     F = problem.rf.parameter_to_observable(predict=PointSensors(read.points[shown], read.times, read.values[:, shown]))
     clock("map")
-    posterior = posterior_of(F)
-    posterior.stream()  # the factors of all readings in the order of time, which do not depend on their values
+    with waiting("posterior, and the factors of all readings in the order of time"):
+        posterior = posterior_of(F)
+        posterior.stream()  # the factors do not depend on the readings' values
     clock("posterior and stream")
     say(", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
-    frames, setting, x = play(problem, posterior, shown, say, window=opts.live)
+    with waiting("playing the readings"):
+        frames, setting, x = play(problem, posterior, shown, say, window=opts.live)
     clock("play")
     gap = [spacetime.comm.allreduce(np.abs(part).max(initial=0.0), MPI.MAX) for part in (x - posterior.x, posterior.x)]
     summary = summary_of("heat source, live", settings, spacetime, problem.evolution.V.dim(), times)
-    report(frames, setting, float(gap[0] / gap[1]), opts.out, summary, say, Outputs())
+    report(frames, setting, float(gap[0] / gap[1]), opts.out, summary, say, Outputs(), opts.next_step)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,10 @@ import time
 import numpy as np
 from firedrake import Function, assemble, dx, inner
 
+from demos.curves import plot_convergence, plot_sensors
 from demos.inversion import sum_of_counts
 from demos.outputs import write_json
-from demos.pictures import (
-    Raster,
-    plot_convergence,
-    plot_fields,
-    plot_sensors,
-)
+from demos.pictures import Raster, plot_fields
 from demos.posterior_report import posterior_summary, regularisation_picture
 from pint_fem.kernels.arrays import get
 from pint_fem.paraview import write_fields, write_functions
@@ -90,8 +86,7 @@ def report(problem, result, posterior, opts, summary: dict, say, outputs) -> Non
         summary["compare_serial"] = compare(problem, result, summary["settings"], summary["seconds"], say)
         summary["seconds"]["comparison"] = time.perf_counter() - start
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)
-    outputs.finish()
-    say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
+    outputs.finish(out, opts.next_step)
 
 
 def result_summary(rf, result, predicted, measured) -> dict:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from mpi4py import MPI
 
-from demos.outputs import Progress
-from pint_fem.cli import ProgramParser, file_name, positive
+from pint_fem.cli import ProgramParser, file_name, positive, waiting
 from pint_fem.errors import InputError
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def _by_iterations(rf, opts, say, outputs, **given):
     options = dict(monitor=say, gtol_rel=opts.gtol, max_it=opts.max_iterations)
     if opts.checkpoint is not None:
         given = dict(checkpoint=opts.checkpoint, if_save_fails=opts.if_save_fails) | given
-    with Progress(rf.spacetime.is_root) as progress:
+    with waiting("minimisation") as progress:
         for sweeps in every:
             sweeps.on_sweep = lambda kind, result: progress(
                 f"{kind} sweep: {result.cycles} cycles; so far "
@@ -228,8 +227,9 @@ def _by_map(rf, say, outputs, times: dict, F=None) -> tuple[MapResult, GaussianP
         except InputError as error:
             raise InputError(f"{error}; here: --method trust-region") from error
         clock("map")
-    posterior = posterior_of(F)
-    deviation = np.sqrt(posterior.variance())
+    with waiting("posterior and its standard deviation"):
+        posterior = posterior_of(F)
+        deviation = np.sqrt(posterior.variance())
     clock("posterior")
     m, n = F.shape[0], rf.spacetime.space_comm.allreduce(F.shape[1])
     say(f"map from {n} controls to {m} readings, {len(posterior.spectrum.lam)} modes")

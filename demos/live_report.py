@@ -277,7 +277,9 @@ def write_frames(path, frames: list[Frame], setting: Setting) -> None:
     plt.close(fig)
 
 
-def report(frames: list[Frame], setting: Setting, difference: float, out, summary: dict, say, outputs) -> None:
+def report(
+    frames: list[Frame], setting: Setting, difference: float, out, summary: dict, say, outputs, next_step: str
+) -> None:
     """Print and write what was played (collective); what cannot be written is reported at the end.
 
     Parameters
@@ -286,8 +288,8 @@ def report(frames: list[Frame], setting: Setting, difference: float, out, summar
         Of :func:`play`.
     difference
         Relative difference of the last mean from that of all readings at once.
-    out, summary, say, outputs
-        The folder, the summary, which is completed, what prints a line, and the files.
+    out, summary, say, outputs, next_step
+        The folder, the summary, which is completed, what prints a line, the files, and what to do next.
     """
     took = 1e3 * np.array([frame.seconds for frame in frames[1:]])
     each = f"{np.median(took):.2f} ms each, at most {took.max():.2f}"
@@ -316,5 +318,4 @@ def report(frames: list[Frame], setting: Setting, difference: float, out, summar
         write_animation(out / "live.gif", frames, setting)
 
     outputs.on_root(f"pictures in {out}", pictures)
-    outputs.finish()
-    say(f"live.gif, sharpening.png and summary.json are in {out.resolve()}")
+    outputs.finish(out, next_step)

@@ -15,15 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from demos.box_inversion import Shown, add_box, invert_box, settle_box
+from demos.outputs import load_firedrake
 from pint_fem.cli import ProgramParser, positive, run
 
+NEXT_STEP = "open the sections (*.png), or fields/*.pvd in ParaView; then a finer mesh: --refine 3"
 MOST = 3
 COLUMNS = ("sensor", "x", "y", "z", "time", "ex", "ey", "ez")
 
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="maxwell_box_inversion.py", description=__doc__)
+    parser = ProgramParser(prog="maxwell_box_inversion.py", description=__doc__, next_step=NEXT_STEP)
     parser.add_argument("--degree", type=positive(int), default=1, help="degree of the elements (1)")
     add_box(parser, out="results/maxwell_box", most=MOST, columns=COLUMNS, steps=64, integrator="ImplicitMidpoint")
     opts = parser.read()
@@ -34,6 +36,7 @@ def arguments():
 def main():
     """Run the inversion."""
     opts = arguments()
+    load_firedrake()
     from firedrake import inner, sqrt
 
     from problems import maxwell_box as posed

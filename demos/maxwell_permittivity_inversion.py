@@ -16,12 +16,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demos.coefficient_inversion import add_coefficients, invert_coefficients, settle_coefficients
+from demos.outputs import load_firedrake
 from pint_fem.cli import ProgramParser, file_name, positive, run
+
+NEXT_STEP = "open soil.png and gathers.png; then groups of experiments: mpiexec -n 2, --grid 1x1x2"
 
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="maxwell_permittivity_inversion.py", description=__doc__)
+    parser = ProgramParser(prog="maxwell_permittivity_inversion.py", description=__doc__, next_step=NEXT_STEP)
     add = parser.add_argument
     add("--cells", type=positive(int), default=12, help="cells along the depth of the soil, a multiple of 4 (12)")
     add("--degree", type=positive(int), default=2, help="degree of the elements (2)")
@@ -38,6 +41,7 @@ def arguments():
 def main():
     """Run the inversion."""
     opts = arguments()
+    load_firedrake()
     from demos.maxwell_permittivity_report import further_report
     from problems import maxwell_permittivity as posed
     from problems.maxwell_soil import ANTENNAS

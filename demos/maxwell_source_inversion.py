@@ -19,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demos.inversion import add_method, add_trust_region, settle_method
 from demos.planned_grid import GRID_HELP, measured_grid, planned_grid
-from pint_fem.cli import ProgramParser, file_name, positive, run
+from pint_fem.cli import ProgramParser, file_name, positive, run, say, waiting
+
+NEXT_STEP = "open current.png and field.gif; then a box without losses: --regime cavity"
 
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="maxwell_source_inversion.py", description=__doc__)
+    parser = ProgramParser(prog="maxwell_source_inversion.py", description=__doc__, next_step=NEXT_STEP)
     add = parser.add_argument
     add_method(add)
     add("--regime", default="lossy", choices=["lossy", "cavity"], help="lossy or cavity (lossy)")
@@ -72,7 +74,7 @@ def solver_parameters(opts, kind):
 def main():
     """Run the inversion."""
     opts = arguments()
-    from demos.outputs import Outputs, output_folder
+    from demos.outputs import Outputs, load_firedrake, output_folder
     from pint_fem.spacetime import SpaceTime
     from problems.maxwell_setting import setting
 
@@ -85,6 +87,7 @@ def main():
         steps=opts.steps or given.steps,
         calibrated=(opts.method, opts.cells, opts.degree, opts.integrator) == ("trust-region", 16, 2, None),
     )
+    load_firedrake()
     from problems import maxwell_source as posed
     from problems.maxwell_readings import NOISE, readings_file
 
@@ -109,15 +112,12 @@ def main():
     opts.out = opts.out or Path("results") / f"maxwell_{opts.regime}"
     output_folder(opts.out)
 
-    def say(text=""):
-        if spacetime.is_root:
-            print(text, flush=True)
-
     if about:
         say(about)
     say(f"Maxwell source inversion, {opts.regime}, on {spacetime.space_size} x {spacetime.time_size} ranks")
     start = time.perf_counter()
-    problem = posed.maxwell_source(spacetime, **settings, solver_parameters=solver)
+    with waiting("set-up: forms, kernels, factors"):
+        problem = posed.maxwell_source(spacetime, **settings, solver_parameters=solver)
     sweeps, rf = problem.rf.problem.sweeps, problem.rf
     times = {"set-up": time.perf_counter() - start}
     V = problem.evolution.V

@@ -7,16 +7,10 @@ import time
 import numpy as np
 from firedrake import Function, as_vector, assemble, cos, dx, exp, inner, sin
 
+from demos.curves import plot_sensors
 from demos.heat_source_report import convergence_picture, mgrit_summary, result_summary
 from demos.outputs import write_json
-from demos.pictures import (
-    Raster,
-    animate,
-    gather_images,
-    plot_fields,
-    plot_sensors,
-    plot_snapshots,
-)
+from demos.pictures import Raster, animate, gather_images, plot_fields, plot_snapshots
 from demos.posterior_report import posterior_summary, regularisation_picture
 from pint_fem.kernels.arrays import get, put
 from pint_fem.paraview import write_fields, write_functions
@@ -103,8 +97,7 @@ def report(problem, result, posterior, opts, summary: dict, say, outputs) -> Non
         )
         summary["seconds"]["comparison"] = time.perf_counter() - start
     outputs.on_root("summary.json", write_json, out / "summary.json", summary)
-    outputs.finish()
-    say(f"pictures, ParaView files and summary.json are in {out.resolve()}")
+    outputs.finish(out, opts.next_step)
 
 
 def points(V) -> tuple[Function, Function]:

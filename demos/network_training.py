@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from mpi4py import MPI
 
-from demos.outputs import Progress
 from demos.training_loop import Epoch, accuracy, train_epoch
-from pint_fem.cli import wait_quietly
+from pint_fem.cli import say, wait_quietly, waiting
 from pint_fem.errors import InputError
 from pint_fem.resnet import Grid, Regularisation, load_checkpoint, refine, reserve_checkpoint, save_checkpoint
 from problems.classification import shared_loader
@@ -62,8 +60,8 @@ class Task:
 
 
 def on_root(grid: Grid) -> Callable[[str], None]:
-    """A function that prints a line at once, on the first rank."""
-    return partial(print, flush=True) if grid.is_root else lambda *_: None
+    """A function that prints a line at once, on the first rank, unless the program is quiet."""
+    return say if grid.is_root else lambda *_: None
 
 
 def learning_rate(schedule: str, largest: float, done: float, epochs: int) -> float:
@@ -85,7 +83,6 @@ def train(opts, grid: Grid, task: Task, *, net=None, label: str = "") -> dict:
     """Train, go on from a checkpoint, compare: the network, the records of its epochs, the losses of the batches and
     the same of the serial copy (collective).
     """
-    say = on_root(grid)
     net = net or task.parallel(opts.layers)
     say(
         f"{net.nlayers} residual layers on {grid.layer_size} ranks, {grid.data_size} groups, batches of {opts.batch}, "
@@ -102,7 +99,7 @@ def train(opts, grid: Grid, task: Task, *, net=None, label: str = "") -> dict:
             curve, losses = _curve(checkpoint, progress, settings)
             say(f"going on after epoch {len(curve)} of {checkpoint}")
     loader = task.batches(opts, opts.batch, grid)
-    with Progress(grid.is_root) as status:
+    with waiting("training") as status:
         how = dict(losses=losses, first=len(curve) + 1, grid=grid, show=status)
         how["regularisation"] = regularisation if regularisation else None
         for epoch in _epochs(opts, task, net, optimizer, loader, **how):
@@ -180,17 +177,17 @@ def _compare(opts, grid: Grid, task: Task) -> dict:
     """
     curve, losses = [], []
     if grid.is_root:
-        print("plain serial torch, same seed and epochs:", flush=True)
+        say("plain serial torch, same seed and epochs:")
         net = task.serial(opts.layers)
         loader = task.batches(opts, opts.batch * grid.data_size, Grid(comm=MPI.COMM_SELF))
         threads, batches = sorted({1, grid.comm.size}), opts.epochs * len(loader)
         net, count, told = fastest_for_training(net, next(iter(loader)), threads=threads, batches=batches)
-        print(f"  ({told})")
+        say(f"  ({told})")
         torch.set_num_threads(count)
         optimizer = task.optimizer(net.parameters(), lr=opts.lr)
         for epoch in _epochs(opts, task, net, optimizer, loader, losses=losses):
             curve.append(epoch)
-            print(f"  {epoch}", flush=True)
+            say(f"  {epoch}")
         torch.set_num_threads(1)
     wait_quietly(grid.comm)
     curve, losses = grid.comm.bcast((curve, losses), root=0)

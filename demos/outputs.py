@@ -1,24 +1,34 @@
-"""What a program shows and writes: a status line, and files at its end, of which one that cannot be written costs none
-of the others.
+"""What a program writes at its end: files, of which one that cannot be written costs none of the others, and the last
+lines, which name them.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
 
+from pint_fem.cli import last_lines, waiting
 from pint_fem.collective import collectively, on_first_rank
 from pint_fem.errors import InputError
 from pint_fem.files import as_input_error, write_whole
 
-__all__ = ["Outputs", "Progress", "checked_folder", "output_folder", "write_json"]
+__all__ = ["Outputs", "checked_folder", "load_firedrake", "output_folder", "write_json"]
+
+_BEGUN: dict[Path, int] = {}
+"""The file system's time, in nanoseconds, at which a folder was checked: later files are those of this run."""
+
+
+def load_firedrake() -> None:
+    """Import Firedrake, which takes seconds, with a status line."""
+    with waiting("loading Firedrake"):
+        importlib.import_module("firedrake")
 
 
 def checked_folder(path: Path, what: str) -> Path:
@@ -33,6 +43,7 @@ def checked_folder(path: Path, what: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable-{socket.gethostname()}-{os.getpid()}"
         probe.write_bytes(b"x")
+        _BEGUN[path.resolve()] = probe.stat().st_mtime_ns
         probe.unlink()
     return path
 
@@ -64,7 +75,7 @@ class Outputs:
         """Call ``work(*args)`` on every rank (collective); ``what`` names its files where it does not do so itself."""
 
         def guarded():
-            with as_input_error(f"{what} cannot be written"):
+            with waiting(f"writing {what}"), as_input_error(f"{what} cannot be written"):
                 work(*args)
 
         try:
@@ -76,8 +87,15 @@ class Outputs:
         """The same for what the first rank alone writes."""
         self(what, work if self.comm.rank == 0 else _nothing, *args)
 
-    def finish(self) -> None:
-        """Report what could not be written.
+    def finish(self, folder: Path, next_step: str) -> None:
+        """Print what was written where, and what to do next; report what could not be written (collective).
+
+        Parameters
+        ----------
+        folder
+            The checked folder of the results.
+        next_step
+            An imperative sentence.
 
         Raises
         ------
@@ -86,6 +104,19 @@ class Outputs:
         """
         if self.problems:
             raise InputError(f"the run is complete, but {'; '.join(dict.fromkeys(self.problems))}")
+        last_lines(folder, on_first_rank(self.comm, "", _written, folder), next_step)
+
+
+def _written(folder: Path) -> list[str]:
+    """What this run has written to a folder: its files, and its folders with their numbers of files."""
+    begun, found = _BEGUN.get(folder.resolve(), 0), []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.stat().st_mtime_ns >= begun:
+            found.append(path.name)
+        elif path.is_dir():
+            own = sum(inner.is_file() and inner.stat().st_mtime_ns >= begun for inner in path.rglob("*"))
+            found += [f"{path.name}/ ({own} files)"] * (own > 0)
+    return found
 
 
 def _nothing(*args) -> None:
@@ -114,34 +145,3 @@ def write_json(path: Path, data: dict) -> None:
 
     with as_input_error(f"{path} cannot be written"):
         write_whole(path, (json.dumps(plain(data), indent=2) + "\n").encode())
-
-
-class Progress:
-    """A status line on the first rank's terminal; nothing where stderr is no terminal.
-
-    Parameters
-    ----------
-    is_root
-        Whether this rank shows it.
-    """
-
-    def __init__(self, is_root: bool):
-        self._status = None
-        if is_root and sys.stderr.isatty():
-            from rich.console import Console
-
-            self._status = Console(stderr=True).status("starting")
-
-    def __enter__(self):
-        if self._status:
-            self._status.start()
-        return self
-
-    def __exit__(self, *exc):
-        if self._status:
-            self._status.stop()
-
-    def __call__(self, text: str) -> None:
-        """Show a text."""
-        if self._status:
-            self._status.update(text)

@@ -1,10 +1,9 @@
-"""Pictures of fields, sensors and convergence: fields are sampled at the pixels of a raster, and none is gathered."""
+"""Pictures of fields, which are sampled at the pixels of a raster: none is gathered. Curves: :mod:`demos.curves`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -20,23 +19,21 @@ from pint_fem.spacetime import SpaceTime
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-if TYPE_CHECKING:
-    from pint_fem.inverse.inference.regularisation_choice import RegularisationCurve
-    from pint_fem.optimize.records import IterationRecord
+from demos.style import POSITIVE, SIGNED, use
+
+use()
 
 __all__ = [
     "Raster",
     "animate",
     "gather_images",
-    "plot_convergence",
     "plot_fields",
     "plot_gathers",
-    "plot_regularisation",
-    "plot_sensors",
     "plot_snapshots",
     "plot_values",
+    "plt",
+    "save",
 ]
 
 
@@ -91,7 +88,8 @@ class Raster:
         return image.reshape(self.shape)
 
 
-def _save(fig, path: Path, dpi: int) -> None:
+def save(fig, path: Path, dpi: int) -> None:
+    """Write a figure and close it."""
     fig.savefig(path, dpi=dpi)
     plt.close(fig)
 
@@ -99,7 +97,7 @@ def _save(fig, path: Path, dpi: int) -> None:
 def _painter(images: Sequence[np.ndarray], extent: Sequence[float]):
     """A function that shows an image in an axis, on one colour scale for all images, symmetric about zero."""
     limit = max(np.nanmax(np.abs(image)) for image in images)
-    return lambda ax, image: ax.imshow(image, origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    return lambda ax, image: ax.imshow(image, origin="lower", extent=extent, cmap=SIGNED, vmin=-limit, vmax=limit)
 
 
 def plot_fields(
@@ -145,72 +143,18 @@ def plot_fields(
         fig.colorbar(shown, ax=axes, shrink=0.9, label=label)
     notes = [title, "dots: sensors" if points is not None else "", f"triangles: {sources[0]}" if sources else ""]
     fig.suptitle("; ".join(part for part in notes if part), fontsize=11)
-    _save(fig, path, 110)
+    save(fig, path, 110)
 
 
 def _paint_deviation(ax, image: np.ndarray, extent: Sequence[float], limits: tuple[float, float]):
     """Show a standard deviation between two limits."""
-    return ax.imshow(image, origin="lower", extent=extent, cmap="viridis", vmin=limits[0], vmax=limits[1])
+    return ax.imshow(image, origin="lower", extent=extent, cmap=POSITIVE, vmin=limits[0], vmax=limits[1])
 
 
 def _deviation_limits(images: Sequence[np.ndarray]) -> tuple[float, float]:
     """The least standard deviation, and the one that a hundredth of the pixels exceeds, as corners of a domain do."""
     every = np.concatenate([image.ravel() for image in images])
     return float(np.nanmin(every)), float(np.nanquantile(every, 0.99))
-
-
-def plot_sensors(
-    path: Path,
-    times: np.ndarray,
-    measured: np.ndarray,
-    predicted: np.ndarray,
-    *,
-    names: Sequence[str],
-    show: int = 6,
-    chosen: Sequence[int] | None = None,
-    title: str = "",
-    quantity: str = "temperature rise",
-    deviation: np.ndarray | None = None,
-    noise: float = 0.0,
-) -> None:
-    """Draw readings and predictions ``(times, sensors)`` of ``show`` sensors, or of those with the numbers ``chosen``,
-    and a histogram of all differences.
-
-    With standard deviations ``deviation`` of the predictions their bands are drawn, and the differences of the sensor
-    with the widest band: two standard deviations of the predictions alone, and with the noise of the readings.
-    """
-    if chosen is None:
-        chosen = np.unique(np.linspace(0, measured.shape[1] - 1, min(show, measured.shape[1])).astype(int))
-    count = 2 if deviation is None else 3
-    fig, (left, *between, right) = plt.subplots(1, count, figsize=(5.5 * count, 4), layout="constrained")
-    for colour, s in enumerate(chosen):
-        left.plot(times, measured[:, s], ".", ms=4, color=f"C{colour}")
-        left.plot(times, predicted[:, s], "-", lw=1, color=f"C{colour}", label=f"sensor {names[s]}")
-        if deviation is not None:
-            low, high = (predicted[:, s] + sign * 2 * deviation[:, s] for sign in (-1, 1))
-            left.fill_between(times, low, high, color=f"C{colour}", alpha=0.35, lw=0)
-    bands = "" if deviation is None else ", ± 2 standard deviations"
-    left.set(xlabel="t", ylabel=quantity, title=f"readings (dots) and fit (lines{bands})")
-    left.legend(fontsize=8, ncols=2)
-    for ax in between:
-        s = int(np.argmax(deviation.mean(axis=0)))
-        ax.plot(times, measured[:, s] - predicted[:, s], ".", ms=4, color="k")
-        for width, shade, what in (
-            (np.hypot(deviation[:, s], noise), 0.15, "fit and noise"),
-            (deviation[:, s], 0.45, "fit"),
-        ):
-            ax.fill_between(
-                times, -2 * width, 2 * width, color="C0", alpha=shade, lw=0, label=f"± 2 standard deviations, {what}"
-            )
-        ax.axhline(0, color="C0", lw=1)
-        ax.set(xlabel="t", ylabel=quantity, title=f"reading - fit of sensor {names[s]}, which has the widest band")
-        ax.margins(y=0.25)
-        ax.legend(fontsize=8, loc="upper right")
-    right.hist((predicted - measured).ravel(), bins=40, color="0.6")
-    right.set(xlabel="fit - reading", ylabel="readings", title="residuals of all sensors")
-    right.xaxis.set(major_locator=MaxNLocator(6))
-    fig.suptitle(title)
-    _save(fig, path, 110)
 
 
 def plot_values(
@@ -241,7 +185,7 @@ def plot_values(
                 ylabel="y" if ax is line[0] else "",
             )
         fig.colorbar(shown, ax=line, label=label, shrink=0.9)
-    _save(fig, path, 110)
+    save(fig, path, 110)
 
 
 def plot_gathers(
@@ -282,77 +226,14 @@ def plot_gathers(
             column, (measured, predicted, measured - predicted), ("readings", "fit", "readings - fit"), strict=True
         ):
             table = np.insert(np.ma.filled(values[:, order].astype(float), np.nan), gaps, np.nan, axis=1)
-            shown = ax.pcolormesh(x, times, table, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="nearest")
+            shown = ax.pcolormesh(x, times, table, cmap=SIGNED, vmin=-limit, vmax=limit, shading="nearest")
             ax.set(title=f"{title}, {name}", xlabel="x" if ax is column[-1] else "")
             ax.set_facecolor("0.85")
     for ax in axes[:, 0]:
         ax.set_ylabel("t")
     axes[0, 0].invert_yaxis()
     fig.colorbar(shown, ax=axes, shrink=0.6, label=quantity, extend="both")
-    _save(fig, path, 100)
-
-
-def plot_convergence(
-    path: Path, history: Sequence[IterationRecord], residuals: dict[str, Sequence[float]], *, bound: float | None = None
-) -> None:
-    """Draw J and its gradient over the iterations of a history of records, and the residuals of one sweep of each kind
-    over its cycles, beside the two-level bound on their contraction; nothing of sweeps where no cycles were taken.
-    """
-    count = 3 if residuals else 2
-    fig, (left, middle, *last) = plt.subplots(1, count, figsize=(4.7 * count, 4), layout="constrained")
-    iterations = [r.iteration for r in history]
-    left.semilogy(iterations, [r.value for r in history], "o-")
-    left.set(xlabel="trust-region iteration", title="objective J")
-    middle.semilogy(iterations, [max(r.gradient_norm, 1e-300) for r in history], "s-", color="C1")
-    middle.set(xlabel="trust-region iteration", title="norm of the gradient")
-    for right in last:
-        for name, values in residuals.items():
-            relative = [v / values[0] for v in values if v > 0]
-            right.semilogy(range(len(relative)), relative, ".-", label=f"first {name} sweep")
-        if bound:
-            cycles = np.arange(max(map(len, residuals.values())))
-            right.semilogy(cycles, bound**cycles, "k--", lw=1, label=f"two-level bound {bound:.3g} a cycle")
-        right.legend(fontsize=8)
-        right.set(xlabel="MGRIT cycle", title="C-point residual, relative to the first")
-    for ax in (left, middle, *last):
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    _save(fig, path, 110)
-
-
-def _label(axis) -> None:
-    """Give the ticks of a drawn logarithmic axis as many labels as fit, and at least two."""
-    decades = np.ptp(np.log10(axis.get_view_interval()))
-    if decades < 0.7:  # there may be none of the others
-        locator = MaxNLocator(5)
-    elif decades < 3:
-        locator = LogLocator(subs=(1, 2, 5) if decades < 1.7 else (1, 3))
-    else:
-        return
-    axis.set(major_locator=locator, minor_formatter=NullFormatter(), major_formatter="{x:g}")
-
-
-def plot_regularisation(path: Path, curve: RegularisationCurve, choices: dict[str, float], *, readings: int) -> None:
-    """Draw the L-curve of a posterior, and its misfit, generalised cross-validation and evidence over the weight of the
-    prior, with the weights that were chosen, by the names of the methods.
-    """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    left.loglog(curve.misfit, curve.size, "C0-", lw=1)
-    left.set(xlabel="squared residual", ylabel="squared size in the prior's norm", title="L-curve")
-    _label(left.xaxis)
-    right.loglog(curve.alpha, curve.misfit / readings, "C0-", label="squared residual / readings")
-    right.loglog(curve.alpha, curve.gcv / readings, "C1-", label="generalised cross-validation / readings")
-    right.axhline(1, color="C0", lw=0.5)
-    density = right.twinx()
-    density.semilogx(curve.alpha, curve.log_evidence, "C2-")
-    density.set_ylabel("log evidence", color="C2")
-    right.set(xlabel="weight of the prior", title="criteria and chosen weights (dashed)")
-    for n, (name, alpha) in enumerate(choices.items()):
-        place = [np.exp(np.interp(np.log(alpha), np.log(curve.alpha), np.log(y))) for y in (curve.misfit, curve.size)]
-        left.plot(*place, "os^Dv"[n % 5], color=f"C{n + 3}", ms=8, mec="w", mew=0.5, label=f"{name}: {alpha:.3g}")
-        right.axvline(alpha, color=f"C{n + 3}", lw=1, ls="--")
-    left.legend(fontsize=8, title="weights")
-    right.legend(fontsize=8, loc="center left")
-    _save(fig, path, 110)
+    save(fig, path, 100)
 
 
 def gather_images(own: dict[int, np.ndarray | None], spacetime: SpaceTime) -> dict[int, np.ndarray]:
@@ -384,7 +265,7 @@ def plot_snapshots(
         shown = paint(ax, image)
         ax.set_title(title, fontsize=9)
     fig.colorbar(shown, ax=axes, shrink=0.8, label=label)
-    _save(fig, path, 100)
+    save(fig, path, 100)
 
 
 def animate(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from demos.curves import plot_regularisation
 from demos.inversion import mean_over_coefficients
-from demos.pictures import plot_regularisation
 from pint_fem.errors import InputError
 from pint_fem.inverse.inference.regularisation_choice import METHODS
 

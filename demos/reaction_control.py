@@ -17,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demos.control_run import add_control_options, control, read_control_options, settings_of
 from pint_fem.cli import ProgramParser, run
 
+NEXT_STEP = "open movie.gif; then another weight of the control: --regularisation 1e-3"
+
 
 def main():
     """Run the demo."""
     from problems.reaction_control import ReactionControl
 
-    parser = ProgramParser(prog="reaction_control.py", description=__doc__)
+    parser = ProgramParser(prog="reaction_control.py", description=__doc__, next_step=NEXT_STEP)
     add_control_options(parser, ReactionControl(), out="results/reaction_control")
     opts = read_control_options(parser)
 

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from pint_fem.cli import positive
+from pint_fem.cli import positive, say
 
 
 def add_options(parser, *, layers, epochs, batch, lr, out, final_time, coarsening, schedule="cosine"):
@@ -160,6 +160,10 @@ def plot_curves(path, outcome, title, *, quantity="accuracy (%)", epoch="epoch")
     import matplotlib.pyplot as plt
     import numpy as np
 
+    from demos.style import use
+
+    use()
+
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     width = max(1, max(len(outcome[name] or ()) for name in ("losses", "serial_losses")) // 100)
     both = (("layer-parallel", "", "C0", "-", "o"), ("serial torch", "serial_", "C1", "--", "s"))
@@ -191,7 +195,7 @@ def plot_curves(path, outcome, title, *, quantity="accuracy (%)", epoch="epoch")
 def report(opts, grid, outcome, facts, outputs):
     """The last lines and ``summary.json``; and what could not be written."""
     outputs.on_root("summary.json", _summarise, opts, grid, outcome, facts)
-    outputs.finish()
+    outputs.finish(opts.out, opts.next_step)
 
 
 def _summarise(opts, grid, outcome, facts):
@@ -199,7 +203,7 @@ def _summarise(opts, grid, outcome, facts):
     from demos.outputs import write_json
 
     net, curve, serial = outcome["network"], outcome["curve"], outcome["serial"]
-    settings = {k: v for k, v in vars(opts).items() if k not in ("help", "out")}
+    settings = {k: v for k, v in vars(opts).items() if k not in ("help", "next_step", "out", "quiet", "verbose")}
     summary = facts | {
         "settings": settings,
         "grid": {"data": grid.data_size, "layers": grid.layer_size},
@@ -216,7 +220,7 @@ def _summarise(opts, grid, outcome, facts):
     }
     if "levels" in outcome:
         summary["levels"] = outcome["levels"]
-    print(f"test accuracy {100 * curve[-1].test_accuracy:.2f}%")
+    say(f"test accuracy {100 * curve[-1].test_accuracy:.2f}%")
     if serial:
         gap = 100 * (curve[-1].test_accuracy - serial[-1].test_accuracy)
         ratio = sum(e.seconds for e in serial) / sum(e.seconds for e in curve)
@@ -226,6 +230,5 @@ def _summarise(opts, grid, outcome, facts):
             "gap_in_points": gap,
             "serial_over_parallel_time": ratio,
         }
-        print(f"serial torch {100 * serial[-1].test_accuracy:.2f}%: {gap:+.2f} points; its time over ours: {ratio:.2f}")
+        say(f"serial torch {100 * serial[-1].test_accuracy:.2f}%: {gap:+.2f} points; its time over ours: {ratio:.2f}")
     write_json(opts.out / "summary.json", summary)
-    print(f"results in {opts.out}: {', '.join(sorted(p.name for p in opts.out.iterdir() if p.is_file()))}")

@@ -24,6 +24,7 @@ from pint_fem.capacity import require_memory
 from pint_fem.cli import ProgramParser, positive, run
 from pint_fem.errors import InputError
 
+NEXT_STEP = "open curves.png; then compare with plain torch: --compare-serial --fresh"
 STAGES = 3
 DEFAULTS = {
     "stages": {"layers": 12, "lr": 1e-2, "schedule": "one-cycle", "final_time": 2.0, "coarsening": 2},
@@ -33,7 +34,7 @@ DEFAULTS = {
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="resnet_mnist.py", description=__doc__, petsc=False)
+    parser = ProgramParser(prog="resnet_mnist.py", description=__doc__, petsc=False, next_step=NEXT_STEP)
     add = parser.add_argument
     add(
         "--data",

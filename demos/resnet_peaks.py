@@ -15,14 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demos.outputs import Outputs
 from demos.resnet_common import add_options, build_grid, make_network, plot_curves, report, single_stage
 from pint_fem.capacity import require_memory
-from pint_fem.cli import ProgramParser, positive, run
+from pint_fem.cli import ProgramParser, positive, run, say
 
+NEXT_STEP = "open peaks.png; then compare with plain torch: --compare-serial --fresh"
 FULL_BATCH = ("trust-region", "one-shot", "lbfgs")
 
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="resnet_peaks.py", description=__doc__, petsc=False)
+    parser = ProgramParser(prog="resnet_peaks.py", description=__doc__, petsc=False, next_step=NEXT_STEP)
     add = parser.add_argument
     add("--classes", type=positive(int), default=5, help="2 or 5 (5)")
     add("--samples", type=positive(int), default=5000, help="training points; a fifth as many for testing (5000)")
@@ -46,22 +47,22 @@ def full_batch(opts, grid, opening, layer, closing, data, test):
     from pint_fem.optimize import minimize_one_shot, minimize_trust_region, scipy_minimize
     from pint_fem.resnet import Regularisation, TrainingProblem
 
-    say = print if grid.is_root else None
+    told = say if grid.is_root else None
     net = make_network(opts, grid, opening, layer, closing, opts.layers, torch.float64)
     x, y = data.tensors
     weights = (opts.tikhonov or 1e-4, opts.smoothness or 1e-4, opts.classifier or 1e-4)
     problem = TrainingProblem(net, x, y, regularisation=Regularisation(net, *weights), inner_product="L2")
     start, z0 = time.perf_counter(), problem.x0
     if opts.optimizer == "trust-region":
-        z = minimize_trust_region(problem, z0, monitor=say, max_it=opts.max_iterations, gtol_rel=1e-5).x
+        z = minimize_trust_region(problem, z0, monitor=told, max_it=opts.max_iterations, gtol_rel=1e-5).x
     elif opts.optimizer == "one-shot":
-        z = minimize_one_shot(problem, z0, monitor=say, max_it=10 * opts.max_iterations, gtol_rel=1e-4).x
+        z = minimize_one_shot(problem, z0, monitor=told, max_it=10 * opts.max_iterations, gtol_rel=1e-4).x
     else:
         limit = {"maxiter": opts.max_iterations}
         z = scipy_minimize(problem, z0, "L-BFGS-B", comm=grid.layer_comm, options=limit).x
     value = problem.value(z)
     seconds = time.perf_counter() - start
-    if say:
+    if told:
         factors = {name: result.factor for name, result in net.results.items()}
         say(
             f"J = {value:.6e} after {problem.counts}; residual factors "
@@ -88,6 +89,10 @@ def plot_classes(path, opts, net, test, pixels=160):
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+
+    from demos.style import use
+
+    use()
 
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained", sharey=True)
     x = test.tensors[0].numpy()

@@ -23,12 +23,13 @@ from pint_fem.capacity import require_memory
 from pint_fem.cli import ProgramParser, positive, run
 from pint_fem.errors import InputError
 
+NEXT_STEP = "read samples.txt; then a text of your own: --text FILE --fresh"
 TEST, CLIP, WEIGHT_DECAY = 0.02, 1.0, 0.01
 
 
 def arguments():
     """Options of the program."""
-    parser = ProgramParser(prog="transformer_text.py", description=__doc__, petsc=False)
+    parser = ProgramParser(prog="transformer_text.py", description=__doc__, petsc=False, next_step=NEXT_STEP)
     add = parser.add_argument
     add("--text", type=Path, help="a text file in UTF-8 (the reference of the Python language)")
     add("--blocks", type=positive(int), default=64, help="transformer blocks (64)")

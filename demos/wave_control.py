@@ -18,12 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demos.control_run import add_control_options, control, read_control_options, settings_of
 from pint_fem.cli import ProgramParser, positive, run
 
+NEXT_STEP = "open movie.gif; then a force that is limited: --bounds=-1,1"
+
 
 def main():
     """Run the demo."""
     from problems.wave_control import REGIONS, TRACKING, WaveControl
 
-    parser, defaults = ProgramParser(prog="wave_control.py", description=__doc__), WaveControl()
+    parser, defaults = ProgramParser(prog="wave_control.py", description=__doc__, next_step=NEXT_STEP), WaveControl()
     parser.add_argument("--region", choices=REGIONS, help=f"where the force acts ({defaults.region})")
     parser.add_argument("--tracking", choices=TRACKING, help=f"what is to be small ({defaults.tracking})")
     weight = positive(float, zero=True)

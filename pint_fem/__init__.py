@@ -1,8 +1,9 @@
 """Optimisation constrained by time, parallel in time, on Firedrake.
 
 The names below are what a user types. Each is loaded, with what it needs, when it is first used: ``MGRIT``,
-``SpaceTime`` and the errors need numpy and mpi4py only, those of ``pint_fem.resnet`` torch as well, and all others
-Firedrake.
+``ParaDiag``, ``SpaceTime``, ``minimize_trust_region`` and the errors need numpy and mpi4py only, those of
+``pint_fem.resnet`` torch as well, and all others Firedrake. A name whose library is missing raises
+``ModuleNotFoundError``, which names what to install.
 """
 
 import importlib
@@ -107,7 +108,12 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> object:
     if name in _MODULE_OF:
-        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+        try:
+            return getattr(importlib.import_module(_MODULE_OF[name]), name)
+        except ModuleNotFoundError as error:
+            from pint_fem.requirements import missing
+
+            raise missing(error, f"pint_fem.{name}") or error from error.__cause__
     raise AttributeError(f"module 'pint_fem' has no attribute {name!r}")
 
 

@@ -1,26 +1,32 @@
-"""Programs on many ranks: their arguments, errors as one line, and waiting without load.
+"""Programs on many ranks: their arguments, how much they print, errors as one line, and waiting without load.
 
 Bad input raises :class:`~pint_fem.errors.InputError` on every rank; :func:`run` prints it once and every rank exits
-with status 2. This module has to be imported before Firedrake.
+with status 2. Every program has ``--quiet`` (errors only) and ``--verbose`` (also what was waited for, with its
+seconds), prints by :func:`say`, and ends with :func:`last_lines`. This module has to be imported before Firedrake.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mpi4py import MPI
 
 from pint_fem.errors import InputError, SolverFailure
 from pint_fem.petsc_options.spelling import PREFIXES, nearest, refuse_near_misses
+from pint_fem.progress import Verbosity, erase, say, show, verbosity, waiting
+from pint_fem.requirements import missing
 
-__all__ = ["ProgramParser", "file_name", "positive", "run", "wait_quietly"]
+__all__ = ["ProgramParser", "file_name", "last_lines", "positive", "run", "say", "wait_quietly", "waiting"]
 
 # the program's own options are in PETSc's database, too, which would report them as unused
 os.environ.setdefault("PETSC_OPTIONS", "-options_left no")
@@ -36,23 +42,30 @@ class ProgramParser(argparse.ArgumentParser):
     ----------
     petsc
         Whether the program reads PETSc's options; otherwise all options with one dash are refused.
+    next_step
+        What a user may do after the run, for :func:`last_lines`: ``opts.next_step``.
     **kwargs
         As for :class:`argparse.ArgumentParser`.
     """
 
-    def __init__(self, *, petsc: bool = True, **kwargs: Any):
+    def __init__(self, *, petsc: bool = True, next_step: str = "", **kwargs: Any):
         self._petsc = petsc
         super().__init__(
             allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
         )
         self.add_argument("-h", "--help", action="store_true", help="show this and exit")
+        self.add_argument("--quiet", action="store_true", help="print errors only")
+        self.add_argument(
+            "--verbose", action="store_true", help="print what is waited for with its seconds, and tracebacks of errors"
+        )
+        self.set_defaults(next_step=next_step)
 
     def error(self, message: str) -> NoReturn:
         """Raise :class:`InputError` with the message, where ``argparse`` exits."""
         raise InputError(message)
 
     def read(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse arguments.
+        """Parse arguments, and set how much the program prints.
 
         Parameters
         ----------
@@ -90,6 +103,9 @@ class ProgramParser(argparse.ArgumentParser):
             if is_petsc:
                 self._check_one_dash(word.split("=")[0], own_options)
             previous_is_petsc = is_petsc
+        if options.quiet and options.verbose:
+            raise InputError("--quiet and --verbose: give one of them")
+        _set_verbosity(Verbosity(1 + options.verbose - options.quiet))
         return options
 
     def _check_one_dash(self, word: str, own_options: Sequence[str]) -> None:
@@ -106,10 +122,46 @@ class ProgramParser(argparse.ArgumentParser):
         refuse_near_misses([name])
 
 
+_LOGGERS = ("pint_fem", "firedrake", "pyop2")
+_levels: dict[str, int] = {}
+"""Levels of the loggers before a program was quiet."""
+
+
+def _set_verbosity(level: Verbosity) -> None:
+    """Set what this process prints, by its logs and warnings, too."""
+    show(level, first_rank=MPI.COMM_WORLD.rank == 0)
+    for name, before in _levels.items():
+        logging.getLogger(name).setLevel(before)
+    _levels.clear()
+    if level == Verbosity.QUIET:
+        for logger in map(logging.getLogger, _LOGGERS):
+            _levels[logger.name] = logger.level
+            logger.setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore")
+
+
+def last_lines(where: Path | None = None, written: Sequence[str] = (), next_step: str = "") -> None:
+    """Print what was written where, and what to do next, at the end of a program.
+
+    Parameters
+    ----------
+    where
+        Folder of the files, or the file itself.
+    written
+        Names of the files in the folder.
+    next_step
+        An imperative sentence.
+    """
+    if where is not None:
+        say(f"written: {where.resolve()}{': ' if written else ''}{', '.join(written)}")
+    if next_step:
+        say(f"next: {next_step}")
+
+
 def positive(kind: type, *, zero: bool = False) -> Callable[[str], float]:
     """A type for ``argparse``: positive numbers of a kind, ``int`` or ``float``, and zero where ``zero`` is set."""
 
-    def convert(text: str):
+    def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
@@ -148,15 +200,18 @@ def run(main: Callable[[], None], comm: MPI.Comm = MPI.COMM_WORLD) -> None:
         code = _leave(comm, 2, f"error: {_one_line(error)}\n")
     except SystemExit as stop:
         text = "" if isinstance(stop.code, int | None) else f"error: {stop.code}\n"
-        code = _leave(comm, 1 if text else stop.code or 0, text)
+        code = _leave(comm, 1 if text else int(stop.code or 0), text)
     except KeyboardInterrupt as stop:
         if getattr(stop, "raised_on_ranks", 1) < comm.size:
             sys.stderr.write(f"rank {comm.rank}: interrupted\n")
             comm.Abort(130)
         code = _leave(comm, 130, "interrupted\n")
     except BaseException as error:
-        lines = traceback.format_exc() if os.environ.get("PINT_FEM_TRACEBACK") or not _is_expected(error) else ""
-        code = _leave(comm, 1, f"{lines}error: {type(error).__name__}: {_one_line(error)}\n")
+        absent = missing(error, "this program") if isinstance(error, ImportError) else None
+        shown = os.environ.get("PINT_FEM_TRACEBACK") or verbosity() == Verbosity.VERBOSE
+        lines = traceback.format_exc() if shown or not (absent or _is_expected(error)) else ""
+        name = "" if absent else f"{type(error).__name__}: "
+        code = _leave(comm, 1, f"{lines}error: {name}{_one_line(absent or error)}\n")
     sys.stdout.flush()
     sys.exit(code)
 
@@ -174,6 +229,7 @@ def _is_expected(error: BaseException) -> bool:
 
 def _leave(comm: MPI.Comm, code: int, text: str) -> int:
     """Print once if all ranks call this; abort the run if some have not after 20 s."""
+    erase()
     request, start = comm.Ibarrier(), time.monotonic()
     while not request.Test():
         if time.monotonic() - start > 20:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from pint_fem.progress import erase
+
 __all__ = ["logger"]
 
 
@@ -20,6 +22,7 @@ class _StandardOutput(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if logger.handlers == [self] and not logging.getLogger().handlers:
+            erase()
             try:
                 print(self.format(record), file=sys.stdout, flush=True)
             except OSError:  # such as a closed pipe: logging reports it and the run goes on

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pint_fem"
 # from the bottom; modules of one layer do not import each other
 LAYERS = (
-    ("errors", "digests", "logs"),
+    ("errors", "digests", "progress", "requirements"),
+    ("logs",),
     ("collective",),
     ("communicators", "files", "capacity", "petsc_options"),
     ("all_at_once", "array_file"),
@@ -36,7 +37,8 @@ FIREDRAKE = {
     *("meshes", "spacetime"),
 }
 """Packages that may import Firedrake."""
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "programs")
+"""Without the programs that ``pint-fem demo`` copies, which are a user's."""
 
 
 def module_name(path):

@@ -14,7 +14,8 @@ from mpi4py import MPI
 
 from pint_fem.optimize import InexactOptions, minimize_trust_region
 
-PAGE = Path(__file__).resolve().parent.parent / "pint_fem" / "optimize" / "README.md"
+PAGES = Path(__file__).resolve().parent.parent / "docs" / "theory"
+PAGE, OPTIONS = PAGES / "optimisers.md", PAGES / "options.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
@@ -46,9 +47,9 @@ def test_code(tmp_path, capsys):
     assert found.dat.data_ro.min(initial=0.0) >= 0
 
 
-def table(first_cell):
-    """Names and default values of a table of the page."""
-    rest = PAGE.read_text().partition(f"\n| {first_cell} |")[2]
+def table(section, first_cell):
+    """Names and default values of a table of the page of options."""
+    rest = OPTIONS.read_text().partition(f"\n## {section}\n")[2].partition(f"\n| {first_cell} |")[2]
     rows = list(itertools.takewhile(lambda line: line.startswith("|"), rest.split("\n")[1:]))[1:]
     cells = [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
     return {name: math.inf if value == "inf" else ast.literal_eval(value) for name, value, *_ in cells}
@@ -56,5 +57,5 @@ def table(first_cell):
 
 def test_options():
     parameters = inspect.signature(minimize_trust_region).parameters.values()
-    assert table("option") == {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert table("inexact option") == asdict(InexactOptions())
+    assert table("Trust region", "option") == {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert table("Inexact sweeps", "inexact option") == asdict(InexactOptions())

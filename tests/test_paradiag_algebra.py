@@ -325,8 +325,8 @@ def test_options_from_strings():
 
 
 def test_block_of_the_page():
-    """The example of the package's page gives the sequential solution."""
-    page = Path(__file__).resolve().parent.parent / "pint_fem" / "paradiag" / "README.md"
+    """The example of the page on ParaDiag gives the sequential solution."""
+    page = Path(__file__).resolve().parent.parent / "docs" / "theory" / "paradiag.md"
     (block,), names = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), {}
     exec(compile(block, "page of ParaDiag", "exec"), names)
     np.testing.assert_allclose(names["U"][:, 0], names["phi"] ** np.arange(65.0), rtol=0, atol=1e-8)

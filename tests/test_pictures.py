@@ -9,7 +9,7 @@ import pytest
 from firedrake import COMM_SELF, SpatialCoordinate, UnitTriangleMesh
 from matplotlib.image import imread
 
-from demos import pictures
+from demos import curves, pictures
 from demos.outputs import write_json
 from pint_fem.inverse.inference.regularisation_choice import RegularisedFit
 from pint_fem.spacetime import SpaceTime
@@ -105,7 +105,7 @@ def test_sensors(tmp_path, figures):
     """Readings and fit of as many sensors as asked for, and the residuals of all."""
     path, times, rng = tmp_path / "sensors.png", np.linspace(0, 1, 9), np.random.default_rng(0)
     measured, predicted = rng.standard_normal((2, 9, 5))
-    pictures.plot_sensors(path, times, measured, predicted, names="abcde", show=3, quantity="E")
+    curves.plot_sensors(path, times, measured, predicted, names="abcde", show=3, quantity="E")
     left, right = figures[0].axes
     assert left.get_ylabel() == "E"
     assert [text.get_text() for text in left.get_legend().get_texts()] == [f"sensor {n}" for n in "ace"]
@@ -124,7 +124,7 @@ def test_bands_of_sensors(tmp_path, figures):
     measured, predicted = rng.standard_normal((2, 9, 5))
     deviation = np.full((9, 5), 0.3) + 0.1 * (np.arange(5) == 3)
     given = dict(names="abcde", show=3, deviation=deviation, noise=0.3)
-    pictures.plot_sensors(path, times, measured, predicted, **given)
+    curves.plot_sensors(path, times, measured, predicted, **given)
     left, middle, _ = figures[0].axes
     for band, s in zip(left.collections, (0, 2, 4), strict=True):
         heights = band.get_paths()[0].vertices[:, 1]
@@ -140,7 +140,7 @@ def test_convergence(tmp_path, figures):
     """J and gradient of each iteration, residuals relative to the first, and the bound's line."""
     path = tmp_path / "convergence.png"
     history = [SimpleNamespace(iteration=n, value=10.0**-n, gradient_norm=2.0**-n if n < 3 else 0.0) for n in range(4)]
-    pictures.plot_convergence(path, history, {"state": [2.0, 0.2, 0.02], "adjoint": [3.0, 0.0]}, bound=0.1)
+    curves.plot_convergence(path, history, {"state": [2.0, 0.2, 0.02], "adjoint": [3.0, 0.0]}, bound=0.1)
     left, middle, right = figures[0].axes
     np.testing.assert_allclose(left.lines[0].get_xydata(), [[n, 10.0**-n] for n in range(4)])
     np.testing.assert_allclose(middle.lines[0].get_ydata(), [1, 0.5, 0.25, 1e-300])
@@ -158,7 +158,7 @@ def test_regularisation(tmp_path, figures):
     """The curve, the criteria and a mark on the curve for each choice, of one eigenvalue in closed form."""
     path, fit = tmp_path / "regularisation.png", RegularisedFit(*np.array([[4.0], [1.0], [3.0]]), 10.0, 5, 0.0)
     alphas = np.geomspace(1e-2, 1e2, 401)
-    pictures.plot_regularisation(path, fit.curve(alphas), {"one": 4.0, "other": 0.5}, readings=5)
+    curves.plot_regularisation(path, fit.curve(alphas), {"one": 4.0, "other": 0.5}, readings=5)
     left, right, density = figures[0].axes
     line, *marks = left.lines
     np.testing.assert_allclose(line.get_xdata(), 1 + 9 * (alphas / (alphas + 4)) ** 2)
@@ -166,6 +166,7 @@ def test_regularisation(tmp_path, figures):
     np.testing.assert_allclose([mark.get_xydata()[0] for mark in marks], [[3.25, 0.5625], [10 / 9, 16 / 9]], rtol=1e-3)
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["one: 4", "other: 0.5"]
     np.testing.assert_allclose(right.lines[0].get_ydata(), line.get_xdata() / 5)
+    np.testing.assert_allclose(right.lines[1].get_ydata(), fit.gcv(alphas))  # already for one reading
     np.testing.assert_allclose(density.lines[0].get_ydata(), fit.log_evidence(alphas))
     assert_drawn(path, panels=2)
 

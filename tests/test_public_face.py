@@ -86,5 +86,6 @@ def unannotated(tree, inside=None):
 
 
 def test_public_functions_have_types():
-    found = {path.name: list(unannotated(ast.parse(path.read_text()))) for path in (ROOT / "pint_fem").rglob("*.py")}
+    files = [path for path in (ROOT / "pint_fem").rglob("*.py") if path.parent.name != "programs"]  # which users copy
+    found = {path.name: list(unannotated(ast.parse(path.read_text()))) for path in files}
     assert {name: functions for name, functions in found.items() if functions} == {}

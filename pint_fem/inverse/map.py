@@ -32,6 +32,7 @@ from pint_fem.inverse.posterior import GaussianPosterior
 from pint_fem.inverse.readings import ReadingTable
 from pint_fem.inverse.response_rows import StepTerm, collectors, own_readings, step_terms
 from pint_fem.inverse.sensor_groups import SensorGroup, ranks_of_group
+from pint_fem.progress import update, waiting
 from pint_fem.propagators.linear import LinearPropagator
 from pint_fem.sweeps.sweeps import Sweeps
 
@@ -202,13 +203,15 @@ class ParameterToObservable(Inversion, LinearOperator):
                 group = slice(first, first + GROUP)
                 parts = [term.responses[group] for term in terms]
                 found = collectors(self.propagator, self.readings[group], self.rows, parts)
+                update(f"{first} of {len(self.sensors)} sensors")
                 impulses = self.table.impulses(self.sensors[group])
                 for block in sequential_responses(self.propagator, impulses, self._lags):
                     for collector in found:
                         collector.add(block)
             return terms
 
-        self._add_steps(collectively(self.spacetime.comm, "map from controls to readings", sweep))
+        with waiting("map from controls to readings, an adjoint sweep for each sensor"):
+            self._add_steps(collectively(self.spacetime.comm, "map from controls to readings", sweep))
 
     def save(self, path: str | Path) -> None:
         """Write the map to an HDF5 file, from which ``J.parameter_to_observable(load=path)`` of the same problem makes

@@ -327,7 +327,7 @@ class Factor:
         if self.triangular is not None:
             size = self.matrix.comm.size
             whole = "" if size == 1 else f", of the whole on each of {size} ranks"
-            return f"triangular factors of {self.triangular.left.entries / 1e6:.1f} million entries{whole}"
+            return f"triangular factors of {self.triangular.left.entries:,} entries{whole}"
         if self.blocks is not None:
             return self.blocks.description
         return f"PETSc's {self.ksp.getType()} with {self.ksp.getPC().getType()}"

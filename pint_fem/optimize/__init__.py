@@ -1,4 +1,10 @@
-"""Minimisers of functions that are given by their values, derivatives and inner product."""
+"""Minimisers of functions that are given by their values, derivatives and inner product.
+
+They need numpy and mpi4py only; ``scipy_minimize`` and ``ScipyResult`` are loaded, with scipy, on their first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
 
 from pint_fem.optimize.active_set.method import minimize_active_set
 from pint_fem.optimize.active_set.records import ActiveSetRecord
@@ -20,11 +26,13 @@ from pint_fem.optimize.protocol import (
     Problem,
 )
 from pint_fem.optimize.records import CGStop, IterationRecord, StopReason, TrustRegionResult
-from pint_fem.optimize.scipy_methods.adapter import ScipyResult, scipy_minimize
 from pint_fem.optimize.trust_region.bounded import minimize_bounded
 from pint_fem.optimize.trust_region.inexact import InexactOptions
 from pint_fem.optimize.trust_region.multipliers import minimize_bounded_constrained
 from pint_fem.optimize.trust_region.newton_cg import minimize_trust_region
+
+if TYPE_CHECKING:
+    from pint_fem.optimize.scipy_methods.adapter import ScipyResult, scipy_minimize
 
 __all__ = [
     "ActiveSetRecord",
@@ -58,3 +66,9 @@ __all__ = [
     "minimize_trust_region",
     "scipy_minimize",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("ScipyResult", "scipy_minimize"):
+        return getattr(importlib.import_module("pint_fem.optimize.scipy_methods.adapter"), name)
+    raise AttributeError(f"module 'pint_fem.optimize' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""ParaDiag: an alpha-circulant solve of all steps of a linear evolution; algebra only: numpy, scipy and mpi4py."""
+"""ParaDiag: an alpha-circulant solve of all steps of a linear evolution; algebra only: numpy and mpi4py."""
 
 from pint_fem.paradiag.circulant import AlphaCirculant, shifts
 from pint_fem.paradiag.options import ParaDiagOptions

@@ -16,11 +16,10 @@ frequency, and those of ``k`` and ``N - k`` are conjugate: ``N//2 + 1`` are solv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
-import scipy.fft
 from mpi4py import MPI
 from numpy.typing import DTypeLike
 
@@ -29,6 +28,13 @@ from pint_fem.collective import all_ranks
 from pint_fem.paradiag.distribution import TimeTransposes
 from pint_fem.paradiag.lane_kernels import WIDTHS, lane_kernels
 from pint_fem.paradiag.transforms import TimeTransform, time_transform
+
+try:
+    import scipy.fft as fft
+except ImportError:  # the algebra does without scipy
+    rfft, irfft = np.fft.rfft, np.fft.irfft
+else:
+    rfft, irfft = fft.rfft, partial(fft.irfft, overwrite_x=True)
 
 __all__ = ["AlphaCirculant", "BlockSolve", "FrequencySolve", "shifts"]
 
@@ -245,10 +251,10 @@ class AlphaCirculant:
         """Transform of all steps, ``(N, c) -> (N//2 + 1, c)``."""
         if not columns.shape[1]:
             return np.empty((len(columns) // 2 + 1, 0), np.result_type(columns, np.complex64))
-        return scipy.fft.rfft(columns, axis=0)
+        return rfft(columns, axis=0).astype(np.result_type(columns, np.complex64), copy=False)
 
     def irfft(self, spectrum: np.ndarray) -> np.ndarray:
         """Inverse transform of all steps, ``(N//2 + 1, c) -> (N, c)``."""
         if not spectrum.shape[1]:
             return np.empty((self.nsteps, 0), spectrum.real.dtype)
-        return scipy.fft.irfft(spectrum, self.nsteps, axis=0, overwrite_x=True)
+        return irfft(spectrum, self.nsteps, axis=0).astype(spectrum.real.dtype, copy=False)

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from ctypes import CDLL, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from pint_fem.kernels.lanes.compiled import address, aligned, library
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 __all__ = ["WIDTHS", "LaneKernels", "RealMatrix", "groups", "lane_kernels", "long"]
 
@@ -34,6 +36,8 @@ class RealMatrix(NamedTuple):
     @classmethod
     def of(cls, X: csr_matrix, dtype: np.dtype) -> RealMatrix:
         """The matrix with entries of type ``dtype``."""
+        from scipy.sparse import csr_matrix  # the algebra of ParaDiag does without
+
         X = csr_matrix(X)
         X.sort_indices()
         return cls(X.shape, X.indptr.astype(np.int32), X.indices.astype(np.int32), X.data.astype(dtype))

@@ -7,7 +7,7 @@ eigenvalue :math:`\lambda` of :math:`\Phi`, the first iteration leaves an error 
 further one multiplies it by :math:`\alpha \lambda^N / (1 - \alpha \lambda^N)`: at most :math:`\alpha/(1-\alpha)` where
 :math:`|\lambda| \le 1`, for heat as for waves (Gander, Wu, Numer. Math. 143, 2019).
 
-Needs numpy, scipy and mpi4py only. A scalar ODE::
+Needs numpy and mpi4py only. A scalar ODE::
 
     class Euler:
         def step(self, steps, u, out): out[...] = u / (1 + dt)

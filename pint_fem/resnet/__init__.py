@@ -3,7 +3,9 @@
 try:
     import torch  # noqa: F401
 except ImportError as error:
-    raise ImportError("pint_fem.resnet needs torch: pip install 'pint_fem[resnet]'") from error
+    from pint_fem.requirements import missing
+
+    raise (missing(error, "pint_fem.resnet") or error) from error
 
 from pint_fem.resnet.activation_kinds import Activation
 from pint_fem.resnet.activations import activation

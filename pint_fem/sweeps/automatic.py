@@ -28,6 +28,7 @@ from pint_fem.errors import SolverFailure
 from pint_fem.evolution.evolution import Evolution
 from pint_fem.mgrit.options import MGRITOptions
 from pint_fem.paradiag.options import ParaDiagOptions
+from pint_fem.progress import waiting
 from pint_fem.propagators import make_propagator
 from pint_fem.propagators.base import FEPropagator
 from pint_fem.spacetime import SpaceTime
@@ -102,9 +103,11 @@ def measured_seconds(evolution: Evolution, spacetime: SpaceTime, propagator: Mad
     key = str(evolution.V.ufl_element()), evolution.V.dim(), repr(evolution.tableau), evolution.fields is None
     key = (*key, len(evolution.bcs), spacetime.space_size, spacetime.time_size)
     if any_rank(spacetime.comm, key not in _SECONDS):  # some ranks may have been in another grid of this size
-        propagator.made = collectively(spacetime.comm, "propagator", make_propagator, evolution)
+        with waiting("compiling and factorising a step"):
+            propagator.made = collectively(spacetime.comm, "propagator", make_propagator, evolution)
         try:
-            seconds = collectively(spacetime.comm, "measured steps", propagator.made.lane_seconds)
+            with waiting("time_solver auto: measuring the seconds of a step"):
+                seconds = collectively(spacetime.comm, "measured steps", propagator.made.lane_seconds)
         except SolverFailure:  # the operators are not defined for the controls' first values
             seconds = None
         found = spacetime.comm.bcast(None if seconds is None else rounded(seconds))

@@ -28,6 +28,7 @@ import numpy as np
 from firedrake import COMM_SELF, Function
 from rich.console import Console
 
+from pint_fem.cli import last_lines
 from pint_fem.kernels.arrays import get
 from pint_fem.propagators import LinearPropagator
 from pint_fem.spacetime import SpaceTime
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     say = lambda text: console.print(f"  {text}")
     both = lambda module, count, *more: on_ranks(module, 1, count, *more) + on_ranks(module, 2, count, *more)
     start, rows, shorter = time.perf_counter(), [], 4 if args.quick else 1
-    for what, part in (
+    parts = (
         (
             "single steps and blocks",
             lambda: per_step(steps, "BackwardEuler", 2 * repeats) + per_step(steps, "SDIRK2", 2 * repeats),
@@ -196,15 +197,17 @@ def main(argv: list[str] | None = None) -> int:
             lambda: on_ranks("tests.benchmarks.space", 2, 3, *["--quick"] * args.quick),
         ),
         ("PyMGRIT and XBraid's ex-02", lambda: compare_rows(args.quick, say)),
-    ):
-        console.print(f"{what} ...")
-        rows += part()
+    )
     if importlib.util.find_spec("torch"):
-        console.print("layers of a residual network on two ranks ...")
-        rows += on_ranks("tests.benchmarks.layers", 2, 2 * repeats, *["--quick"] * args.quick)
+        layers = lambda: on_ranks("tests.benchmarks.layers", 2, 2 * repeats, *["--quick"] * args.quick)
+        parts = (*parts, ("layers of a residual network on two ranks", layers))
+    every = len(parts) + 1
+    for number, (what, part) in enumerate(parts, start=1):
+        console.print(f"{number} of {every}: {what} ...", highlight=False)
+        rows += part()
     rows.sort(key=lambda r: r.section)
     console.print(table(rows))
-    console.print("optimisers ...")
+    console.print(f"{every} of {every}: optimisers ...", highlight=False)
     count = OPTIMISER_STEPS // shorter
     found = outcomes(SpaceTime("1x1", comm=COMM_SELF), count, say=say)
     console.print(outcomes_table(found, f"heat source inversion, {count} SDIRK2 steps, one rank"))
@@ -217,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     summary = {"steps": steps, "cells": SIZE**2 * 2, **machine, "rows": [{**asdict(r), "met": r.met} for r in rows]}
     summary["optimisers"] = {"steps": count, "rows": [asdict(o) for o in found]}
     (args.out / "bench.json").write_text(json.dumps(summary, indent=1, default=float) + "\n", encoding="utf-8")
+    last_lines(args.out / "bench.json", next_step="compare the ratios with those of tests/benchmarks/*.md")
     return 0
 
 

@@ -5,7 +5,7 @@ CHOLMOD's block of 8 through PETSc (``MatMatSolve`` on a dense matrix, one colum
 single solve. Then each kernel by itself, with the operations and bytes of a state, beside a loop of fused
 multiply-adds in registers and a sum over as many bytes as the kernel reads, compiled in the same way. What makes up a
 ratio is timed in turn, by the processor's time of this one process; medians. ``--quick`` has the small problem only.
-``lanes.md`` explains the table.
+``docs/theory/lanes.md`` explains the table.
 """
 
 from __future__ import annotations
@@ -333,7 +333,7 @@ def lane_rows(repeats: int, quick: bool = False, say: Callable[[str], None] = pr
 
 
 def show(kernels: list[Kernel]) -> None:
-    """Print the table of ``lanes.md``."""
+    """Print the table of ``docs/benchmarks/lanes.md``."""
     print("| kernel | lanes | us a state | operations | bytes | GFlop/s | GB/s | of peak | of stream |")
     print("|---|---|---|---|---|---|---|---|---|")
     for k in kernels:

@@ -61,7 +61,7 @@ class ActiveSetMinimisation:
         Parameters
         ----------
         start : Function, EnsembleFunction or list of these, optional
-            First controls; default: their values at construction.
+            First controls; default: those of the functional's last evaluation or minimisation.
         bounds : pair, optional
             ``(lower, upper)``, such as ``(0, None)``: each a number, ``None`` for no bound, values of the controls
             (which have one value per step where the control has), or a list with one of these for each control. The

@@ -53,7 +53,7 @@ class NewtonKKTMinimisable:
         Parameters
         ----------
         start : Function, EnsembleFunction or list of these, optional
-            First controls; default: their values at construction.
+            First controls; default: those of the functional's last evaluation or minimisation.
         monitor : callable, optional
             Called with one line per iteration, on the first rank only.
         first_state : {"solved", "initial"}

@@ -17,6 +17,7 @@ from mpi4py import MPI
 
 from pint_fem.collective import require_same
 from pint_fem.errors import InputError
+from pint_fem.progress import waiting
 from pint_fem.scaling.costs import Calibration
 from pint_fem.scaling.grid_choice.measurement import Measurement, in_few_words
 from pint_fem.scaling.grid_choice.shapes import grid_text
@@ -108,8 +109,9 @@ def choose_grid(
         return GridChoice((1, 1, 1), {}, (), "grid auto: 1x1, as there is one rank")
     start = time.perf_counter()
     try:
-        run = Measurement(pose, comm, experiments, dict(solver_parameters or {}), budget)
-        found = run.choice()
+        with waiting("grid auto: measuring steps on the grids that may pay"):
+            run = Measurement(pose, comm, experiments, dict(solver_parameters or {}), budget)
+            found = run.choice()
     except Exception as error:  # on all ranks; posing the problem itself reports what is wrong with it
         reason = comm.bcast(in_few_words(error))
         shape = (1, comm.size, 1)

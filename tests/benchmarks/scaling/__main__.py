@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from pint_fem.cli import ProgramParser, positive, run
+from pint_fem.cli import ProgramParser, last_lines, positive, run, say
 from pint_fem.errors import InputError
 from pint_fem.scaling.network import Network
 from pint_fem.scaling.planner import describe
@@ -55,6 +55,7 @@ def _report(opts) -> None:
 
     if MPI.COMM_WORLD.rank == 0:
         report(opts.out, largest=opts.ranks, network=opts.network, rtol=opts.rtol)
+        last_lines(opts.out, next_step="read report.txt; a problem of your own: pint-fem scaling calibrate --help")
 
 
 def _case(name: str, layers: bool):
@@ -78,28 +79,28 @@ def _plan(opts) -> None:
         return
     record = records.load(opts.problem)
     found = plan_training(record, opts.ranks, network=opts.network)
-    print(
+    say(
         f"{record.problem} on at most {opts.ranks} ranks, one training step (seconds predicted; serial torch "
         f"measured: {record.baseline['step']:.4g} s; gradient errors counted by real runs)"
     )
     head = f"{'seconds':>11}{'speed-up':>10}{'error':>9}{'busy':>6}"
-    print(f"{'ranks':>6}  {'coarsening, relaxation':26}{'its':>5}{head}")
+    say(f"{'ranks':>6}  {'coarsening, relaxation':26}{'its':>5}{head}")
     for x in found:
         its = f"{x.iterations[0]}+{x.iterations[1]}"
         numbers = f"{x.seconds:>11.4g}{x.speedup:>10.3g}{x.error:>9.1e}{x.efficiency:>6.0%}"
-        print(f"{x.ranks:>6}  {describe(x.options):26}{its:>5}{numbers}")
+        say(f"{x.ranks:>6}  {describe(x.options):26}{its:>5}{numbers}")
     curve = strong_training(record, powers(opts.ranks), network=opts.network)
-    print("predicted speed-up over serial torch: " + ", ".join(f"{x.ranks} ranks {x.speedup:.3g}" for x in curve.best))
+    say("predicted speed-up over serial torch: " + ", ".join(f"{x.ranks} ranks {x.speedup:.3g}" for x in curve.best))
     pays = crossover(record, curve, network=opts.network)
-    print(f"predicted to pay from {pays.ranks} ranks on" if pays else f"predicted not to pay on {opts.ranks} ranks")
+    say(f"predicted to pay from {pays.ranks} ranks on" if pays else f"predicted not to pay on {opts.ranks} ranks")
     for text in record.notes:
-        print(f"measured: {text}")
+        say(f"measured: {text}")
 
 
 def _calibrate(opts) -> None:
     from tests.benchmarks.scaling.network_costs import calibrate_layers, count_errors, serial_seconds
 
-    case, progress = _case(opts.problem, True), lambda text: print(f"measuring: {text}", flush=True)
+    case, progress = _case(opts.problem, True), lambda text: say(f"measuring: {text}")
     quiet = lambda text: None
     root = MPI.COMM_WORLD.rank == 0
     if not hasattr(case, "training"):  # blocks that take milliseconds, measured one by one
@@ -109,7 +110,7 @@ def _calibrate(opts) -> None:
     made = calibrate_layers(opts.problem, case, repeats=opts.repeats or 15, progress=progress if root else quiet)
     if root:
         made = made.with_changes(baseline=serial_seconds(case), gradient_errors=count_errors(case, case.menu))
-        print(f"written: {records.save(made)}")
+        say(f"written: {records.save(made)}")
 
 
 def _serial(opts) -> None:
@@ -118,7 +119,7 @@ def _serial(opts) -> None:
     case, record = _case(opts.problem, True), records.load(opts.problem)
     if not hasattr(case, "training"):
         raise InputError(f"{opts.problem}: calibrate measures its serial step; give resnet-1024 or resnet-4096")
-    print(f"written: {records.save(record.with_changes(baseline=serial_seconds(case)))}")
+    say(f"written: {records.save(record.with_changes(baseline=serial_seconds(case)))}")
 
 
 def _calibrate_blocks(opts, case, progress) -> None:
@@ -127,7 +128,7 @@ def _calibrate_blocks(opts, case, progress) -> None:
     cases = {name: other for name, other in BLOCKS.items() if other.kind == case.kind}
     for made in calibrate_blocks(cases, repeats=opts.repeats or 7, progress=progress):
         progress(f"gradient errors of {made.problem}")
-        print(f"written: {records.save(made.with_changes(gradient_errors=count_block_errors(cases[made.problem])))}")
+        say(f"written: {records.save(made.with_changes(gradient_errors=count_block_errors(cases[made.problem])))}")
 
 
 def _validate(opts) -> None:
@@ -138,7 +139,7 @@ def _validate(opts) -> None:
         raise InputError(f"{opts.problem}: its steps are predicted only, give resnet-1024 or resnet-4096")
     for row in compare_layers(record, case, nlayers=opts.steps, repeats=opts.repeats or 25):
         if MPI.COMM_WORLD.rank == 0:
-            print(
+            say(
                 f"{opts.problem}, {row.steps} layers, {row.ranks} ranks, {row.task}: measured {row.measured:.4g} s, "
                 f"predicted {row.predicted:.4g} s, error {row.error:+.1%} (kernels, timed in turn with it, took "
                 f"{row.slower:.2f} times as long as calibrated)"
@@ -151,7 +152,7 @@ def _validate_map(opts) -> None:
     case, record = _case(opts.problem, False).case, records.load(opts.problem)
     for row in compare_map(record, case, repeats=opts.repeats or 5):
         if MPI.COMM_WORLD.rank == 0:
-            print(
+            say(
                 f"{opts.problem}, {row.ranks} ranks, {row.task}: measured {row.measured:.4g} s, predicted "
                 f"{row.predicted:.4g} s, error {row.error:+.1%} (steps of the adjoint, timed in turn with it, took "
                 f"{row.slower:.2f} times as long as calibrated)"
@@ -164,7 +165,7 @@ def _count(opts) -> None:
 
     study, record = _case(opts.problem, False), records.load(opts.problem)
     for options in study.inversions:
-        print(f"counting an inversion: {options}", flush=True)
+        say(f"counting an inversion: {options}")
         case, given = study.case, dict(gtol=study.gtol, rtol=min(study.case.rtol))
         found = count_inversion(case.smaller or case.pose, study.inversion_steps, options, **given)
         others = [c for c in record.inversions if c["options"] != found["options"]]
@@ -174,14 +175,14 @@ def _count(opts) -> None:
             study.with_sensors, study.inversion_steps, SERIAL, gtol=study.gtol, rtol=min(study.case.rtol)
         )
         record = record.with_changes(with_sensors=found)
-    print(f"written: {records.save(record)}")
+    say(f"written: {records.save(record)}")
 
 
 def _pyadjoint(opts) -> None:
     from tests.benchmarks.scaling.pyadjoint_costs import pyadjoint_seconds
 
     study, record = _case(opts.problem, False), records.load(opts.problem)
-    print(f"written: {records.save(record.with_changes(baseline=pyadjoint_seconds(study.serial)))}")
+    say(f"written: {records.save(record.with_changes(baseline=pyadjoint_seconds(study.serial)))}")
 
 
 COMMANDS = {

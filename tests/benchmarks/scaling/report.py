@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 
 from demos.outputs import checked_folder
+from pint_fem.cli import say as on_screen
 from pint_fem.files import as_input_error, write_whole
 from pint_fem.scaling.model import Model, Solve
 from pint_fem.scaling.network import Network
@@ -85,7 +86,9 @@ def report(
     say, data, start = Text(), {}, time.perf_counter()
     say("All seconds below are PREDICTED by the model unless a line says measured.")
     claims = []
-    for name in names or record_names():
+    every = names or record_names()
+    for number, name in enumerate(every, start=1):
+        on_screen(f"{number} of {len(every)}: {name}")
         c = load(name)
         if c.kind == "layers":
             from tests.benchmarks.scaling.training_table import training

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pint_fem.cli import say as on_screen
+
 __all__ = ["Text", "powers", "table"]
 
 
@@ -15,7 +17,7 @@ class Text:
 
     def __call__(self, line: str = "") -> None:
         """Say a line."""
-        print(line, flush=True)
+        on_screen(line)
         self.lines.append(line)
 
 
