@@ -101,6 +101,8 @@ html_show_sourcelink = False
 html_copy_source = False
 html_theme_options = {
     "show_toc_level": 2,
+    "collapse_navigation": True,
+    "navigation_depth": 3,
     "navigation_with_keys": False,
     "show_prev_next": True,
     "header_links_before_dropdown": 8,
