@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -111,12 +112,21 @@ def test_plan(tmp_path):
     assert code == 0
     made = plan("heat-source", 4, nsteps=64, rtol=1e-6, network=Network.parse("2us,12GB/s"))
     assert f"run: {demo_arguments(made.best)}" in out.splitlines()
+    assert out.splitlines()[-1].startswith(f"next: run your program with mpiexec -n {prod(made.best.grid)} ")
     for choice in [made.best, *made.alternatives]:
         assert re.search(rf"{choice.solver} .*{choice.grid[0]} x {choice.grid[1]} .*{choice.seconds:.4g}", out)
     assert out.count("assumed: ") == len(made.assumptions)
     found = plan_map(load("heat-source"), 4, nsteps=64, rtol=1e-6, network=Network.parse("2us,12GB/s"))
     assert f"24 sensors: the whole inversion in {found.seconds:.3g} s" in out
     assert "  4 groups of sensors x 1 in time x 1 in space (1 x 4), sequential steps" in out
+
+
+@pytest.mark.starts_mpi
+def test_quiet_plan_is_the_arguments_of_a_program(tmp_path):
+    pytest.importorskip("greenlet")
+    code, out, err = start(tmp_path, "plan", "heat-source", "--ranks", 4, "--steps", 64, "--quiet")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"--grid \d+x\d+ --time-solver \w+.*\n", out)
 
 
 BAD = {
@@ -161,11 +171,12 @@ def test_bad_input(kind, users, capfd):
 
 @pytest.mark.parallel([1, 3])
 @pytest.mark.parametrize("name", ["evolution", "functional"])
-def test_check_passes(name, users, log_lines):
+def test_check_passes(name, users, log_lines, capsys):
     command(["check", f"my_problem:{name}"])
     out = "\n".join(log_lines)
     assert ("passed" in out) == (COMM.rank == 0)
     assert "failed" not in re.sub(r"\b0 failed", "", out)
+    assert ("next: pint-fem plan" in capsys.readouterr().out) == (COMM.rank == 0)
 
 
 def test_check_fails(users, log_lines):
@@ -179,7 +190,7 @@ def test_help_names_all_commands(capsys):
     for arguments in ([], ["--help"]):
         command(arguments)
         out = capsys.readouterr().out
-        assert all(f"pint-fem {name}" in out for name in ("plan", "scaling calibrate", "check", "info"))
+        assert all(f"pint-fem {name}" in out for name in ("demo", "plan", "scaling calibrate", "check", "info"))
     with pytest.raises(SystemExit) as stop:
         command(["plan", "--help"])
     assert stop.value.code == 0

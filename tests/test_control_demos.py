@@ -61,9 +61,10 @@ def test_wave(tmp_path):
 
 
 def test_reaction(tmp_path):
-    """The drop is carried along; settings are in the summary."""
+    """The drop is carried along; settings are in the summary; quiet, it prints nothing at all."""
     small = ["--cells", 8, "--steps", 8, "--regularisation", 1e-3, "--gtol", 1e-4, *TRUST_REGION, "--no-fields"]
-    run(1, "--out", tmp_path, *small, program="reaction_control")
+    done = run(1, "--out", tmp_path, *small, "--quiet", program="reaction_control")
+    assert (done.stdout, done.stderr) == ("", "")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["settings"]["regularisation"] == 1e-3
     assert summary["settings"]["bounds"] is None

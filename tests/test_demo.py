@@ -73,6 +73,12 @@ def test_map(grid, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     result, posterior, seconds = summary["result"], summary["posterior"], summary["seconds"]
     assert summary["grid"] == {"space": space, "time": time}
+    written, after = done.stdout.splitlines()[-2:]
+    names = "fields/ ({} files), l_curve.png, sensors.png, source.png, summary.json"
+    count = sum(path.is_file() for path in (tmp_path / "fields").rglob("*"))
+    assert written == f"written: {tmp_path}: {names.format(count)}"
+    assert after.startswith("next: open source.png")
+    assert "\x1b" not in done.stdout + done.stderr  # no status line where there is no terminal
     assert result["converged"]
     assert 0.4 < result["misfit"] < 0.5  # the readings are explained up to their noise, which gives 1/2
     assert np.isclose(posterior["squared_residual"], 2 * posterior["readings"] * result["misfit"], rtol=1e-6)

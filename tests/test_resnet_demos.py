@@ -35,7 +35,12 @@ def test_demo_of_peaks(tmp_path, monkeypatch, capsys):
         assert summary["grid"] == {"data": 1, "layers": ranks}
         assert len(summary["curve"]) == len(summary["serial"]["curve"]) == 2
         assert summary["curve"][-1]["loss"] == pytest.approx(summary["serial"]["curve"][-1]["loss"], rel=0.02)
-        assert "serial torch" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "serial torch" in printed
+        written, after = printed.splitlines()[-2:]
+        assert written.startswith(f"written: {out}: checkpoint/ (")
+        assert written.endswith("curves.png, peaks.png, summary.json")
+        assert after.startswith("next: open peaks.png")
         for name in ("peaks.png", "curves.png"):
             assert_drawn(out / name, panels=2)
 

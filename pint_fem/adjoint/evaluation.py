@@ -204,8 +204,11 @@ class EvaluationCache:
             raise
 
     def _solve(self, evaluation: Evaluation, kind: str, accuracy: dict, solve: Callable) -> None:
-        """Solve for the state or the adjoint of an evaluation, by ``solve(trajectory, cold=)``."""
-        solve_for(kind, [(self, evaluation)], accuracy, lambda _, trajectories, cold: solve(*trajectories, cold=cold))
+        """Solve for the state or the adjoint of an evaluation, by ``solve(trajectory, cold=)``; sequential solves are
+        exact, whatever the tolerance, as none of their residuals is computed.
+        """
+        with self._sweeps.solves_within(accuracy.get("rtol") if self.retries else None):
+            solve_for(kind, [(self, evaluation)], accuracy, lambda _, u, cold: solve(*u, cold=cold))
 
     def before_solve(self) -> None:
         """Do what is to be done before the first solve, once."""

@@ -75,10 +75,15 @@ class SecondDerivatives:
     def _second_adjoint(
         self, evaluation: Evaluation, dz: Directions, *, second: bool, **accuracy: float
     ) -> tuple[np.ndarray, Source]:
-        """Return the second-order adjoint, and its right-hand side."""
-        source = self.second_source(evaluation, dz, self._tangent(evaluation, dz, **accuracy)[0], second=second)
+        """Return the second-order adjoint, and its right-hand side.
+
+        Only these sweeps have inexact solves. The derivatives by the controls follow from exact ones: their right-hand
+        sides are sums over the own steps, which other numbers of ranks in time divide differently.
+        """
         M = self._new_slab(dz)
-        self.sweeps.adjoint(self.layout.steps(evaluation.z), evaluation.U, source.rows, M, cold=True, **accuracy)
+        with self.sweeps.solves_within(accuracy.get("rtol")):
+            source = self.second_source(evaluation, dz, self._tangent(evaluation, dz, **accuracy)[0], second=second)
+            self.sweeps.adjoint(self.layout.steps(evaluation.z), evaluation.U, source.rows, M, cold=True, **accuracy)
         return M, source
 
     def _symmetric_adjoint(
@@ -127,7 +132,8 @@ class SecondDerivatives:
         self, z: np.ndarray, dz: np.ndarray, *, gauss_newton: bool = False, **accuracy: float
     ) -> np.ndarray:
         """Return ``J''(z) dz`` as a dual vector; with ``gauss_newton`` without second derivatives of the steps.
-        ``rtol`` is the tolerance of the two sweeps, by default that of the options.
+        ``rtol`` is the tolerance of the two sweeps, by default that of the options; where it is given, iterative
+        solvers of linear systems stop early, too, also those of sequential steps.
         """
         dz = as_vector(dz)
         evaluation, second = self.prepared(z, {"direction": dz}, gauss_newton, **accuracy)

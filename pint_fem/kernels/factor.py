@@ -316,6 +316,13 @@ class Factor:
             result[:] = x.array_r
         return out
 
+    def solve_within(self, tolerance: float | None) -> None:
+        """Set the reduction of residuals at which an iterative solver on blocks stops; ``None``: that of exact solves.
+        Direct solvers, and those that PETSc's options choose, have no such tolerance.
+        """
+        if self.blocks is not None:
+            self.blocks.solve_within(tolerance)
+
     @property
     def in_space(self) -> tuple[str, dict[str, float]] | None:
         """The kind of the solver on blocks and its sizes, for the performance model; ``None`` for other solvers."""

@@ -133,6 +133,12 @@ class FEPropagator(ABC):
         """
         return not changed
 
+    def solve_within(self, tolerance: float | None) -> None:
+        """Set the reduction of residuals at which iterative solvers of the steps' linear systems stop; ``None``: that
+        of exact steps.
+        """
+        return  # here there are no such solvers, or their tolerances are options
+
     def step_linearisations(self, count: int, *, repeated: bool = True) -> list | None:
         """Empty linearisations of steps for ``StepData.linearisations``; ``None`` where nothing can be cached.
 

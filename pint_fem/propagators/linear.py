@@ -145,6 +145,11 @@ class LinearPropagator(FEPropagator):
         like = next(iter(self.factors.values()), self._like)
         self.factors[h] = regular_factor(self.evolution, matrix, given.pop("nullspace"), like=like, **given)
 
+    def solve_within(self, tolerance: float | None) -> None:
+        """Set the tolerance of iterative solvers, as :meth:`FEPropagator.solve_within`."""
+        for factor in self.factors.values():
+            factor.solve_within(tolerance)
+
     def shifted_parts(self, h: float) -> tuple[PETSc.Mat, ...]:
         """The matrices of which ParaDiag's systems are sums, for a stage with ``a_ii dt = h``.
 

@@ -14,7 +14,8 @@ side.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,8 @@ __all__ = ["Controls", "Source", "Sweeps"]
 
 Controls = np.ndarray | None
 """Controls of the own steps, or a direction of them: ``(nz,)`` or ``(k, nz)``; ``None`` without controls."""
+SHARE = 0.1
+"""Error by inexact solves of linear systems relative to the tolerance of a sweep."""
 Source = tuple[np.ndarray | None, Callable[[], Iterable[np.ndarray]] | None]
 """The right-hand side of the own steps, and what computes those of coarse levels; ``None`` where they are zero."""
 
@@ -198,6 +201,26 @@ class Sweeps(GivenTrajectories):
         if not result.converged:
             raise DivergedError(_divergence(kind, result, solver.options))
         return result
+
+    @contextmanager
+    def solves_within(self, rtol: float | None) -> Iterator[None]:
+        r"""Within the context, iterative solvers of the steps' linear systems stop as early as sweeps to a relative
+        tolerance of ``rtol`` permit; ``None``: as if there were no context.
+
+        With residuals of the solves of at most :math:`\epsilon` in each of ``N`` steps, a trajectory of steps that do
+        not amplify is accurate to about :math:`N\epsilon`, so that :math:`\epsilon` = :data:`SHARE` ``rtol / N``.
+        Only for steps that are affine in state and control: linearisations, which outlive a sweep, are exact.
+        """
+        if rtol is None or not self.is_affine:
+            yield
+            return
+        try:
+            for propagator in self.propagators:
+                propagator.solve_within(SHARE * min(rtol, 1.0) / self.evolution.nsteps)
+            yield
+        finally:
+            for propagator in self.propagators:
+                propagator.solve_within(None)
 
     def _is_far(self, solver: TimeSolver, U: np.ndarray, G: np.ndarray | None, rtol: float | None) -> np.ndarray:
         """Whether the round-off of a first guess is larger than the tolerance of the solution of a linear sweep,

@@ -65,6 +65,9 @@ class BlockSolver(Protocol):
     def solve(self, rows: np.ndarray) -> np.ndarray:
         """The solutions ``(k, n)`` for right-hand sides ``(k, n)``, own unknowns (collective)."""
 
+    def solve_within(self, tolerance: float | None) -> None:
+        """Set the reduction of residuals at which iterations stop; ``None``: the one they were made with."""
+
     @property
     def in_space(self) -> tuple[str, dict[str, float]]:
         """Its kind and sizes, for the performance model."""
@@ -89,12 +92,18 @@ class Iterative:
 
     def __init__(self, method: ConjugateGradients, name: str):
         self.method, self._name, self.expected = method, name, method.iterations
-        self.solve = method.solve
+        self.solve, self._tolerance = method.solve, method.tolerance
+
+    def solve_within(self, tolerance: float | None) -> None:
+        """Set the reduction of residuals at which iterations stop, at least the one they were made with; ``None``: that
+        one.
+        """
+        self.method.tolerance = max(self._tolerance, tolerance or 0.0)
 
     @property
     def description(self) -> str:
         """The method with its number of iterations."""
-        return f"conjugate gradients with {self._name}, {self.expected} iterations to {self.method.tolerance:.0e}"
+        return f"conjugate gradients with {self._name}, {self.expected} iterations to {self._tolerance:.0e}"
 
     @property
     def in_space(self) -> tuple[str, dict[str, float]]:

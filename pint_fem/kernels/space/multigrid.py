@@ -5,12 +5,13 @@ smoother: a polynomial of :math:`B A` with a simple approximation :math:`B` of :
 sum of the inverses of patches. Polynomials are Chebyshev's of the fourth kind,
 
 .. math::
-    d_k = \frac{2k-1}{2k+3} d_{k-1} + \frac{8k+4}{2k+3} \frac{1}{\lambda} B r_k , \qquad x_{k+1} = x_k + d_k ,
+    d_k = \frac{2k-1}{2k+3} d_{k-1} + \frac{8k+4}{2k+3} \frac{1}{\lambda} B r_k , \qquad r_{k+1} = r_k - A d_k ,
+    \qquad x = x_0 + \sum_k \beta_k d_k ,
 
-with :math:`d_0 = \frac{4}{3\lambda} B r_0` and a bound :math:`\lambda` of the eigenvalues of :math:`BA` (J. Lottes,
-Numer. Linear Algebra Appl. 30, 2023, Algorithm 1), which need no estimate of the smallest eigenvalue. Their
-coefficients are fixed, so that smoothing has no sums over ranks, and a cycle is a symmetric operator. The coarsest
-matrix is factored on every rank.
+with :math:`d_0 = \frac{4}{3\lambda} B r_0`, a bound :math:`\lambda` of the eigenvalues of :math:`BA`, and weights
+:math:`\beta_k` that minimise the bound of the cycle's convergence (J. Lottes, Numer. Linear Algebra Appl. 30, 2023,
+Algorithm 1 and Table 1), which need no estimate of the smallest eigenvalue. Their coefficients are fixed, so that
+smoothing has no sums over ranks, and a cycle is a symmetric operator. The coarsest matrix is factored on every rank.
 
 Cycles are computed in single precision, which halves what is read from memory: conjugate gradients in double precision
 correct what they round.
@@ -37,6 +38,12 @@ __all__ = ["CoarsestLevel", "Level", "MultigridCycle", "Smoother", "largest_eige
 SINGLE = np.dtype(np.float32)
 SAFETY = 1.1
 """Factor by which the estimate of the largest eigenvalue is raised."""
+OPTIMAL = {
+    1: (1.125,),
+    2: (1.02387287570313, 1.26408905371085),
+    3: (1.00842544782028, 1.08867839208730, 1.33753125909618),
+}
+"""Weights of the increments by the degree of the polynomial."""
 ESTIMATES = 12
 """Iterations of conjugate gradients for that estimate."""
 
@@ -138,13 +145,14 @@ class Smoother:
         self._diagonal = inverse.astype(SINGLE)
         steps = [((2 * k - 1) / (2 * k + 3), (8 * k + 4) / (2 * k + 3) / self.bound) for k in range(1, degree)]
         self._coefficients = [(0.0, 4 / (3 * self.bound)), *steps]
-        self._work: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._work: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
-    def _arrays(self, lanes: int) -> tuple[np.ndarray, np.ndarray]:
-        """Increment, and residual with the other ranks' unknowns that ``B`` refers to."""
+    def _arrays(self, lanes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Increment, residual with the other ranks' unknowns that ``B`` refers to, and what the weights add."""
         if lanes not in self._work:
             residual = self.matrix.vector(0) if self._patches is None else self._patches.vector(lanes)
-            self._work[lanes] = np.zeros((self.matrix.rows, lanes), SINGLE), residual
+            increment, extra = np.zeros((2, self.matrix.rows, lanes), SINGLE)
+            self._work[lanes] = increment, residual, extra
         return self._work[lanes]
 
     @property
@@ -157,7 +165,7 @@ class Smoother:
     def start(self, b: np.ndarray, x: np.ndarray) -> None:
         """``x`` from zero (collective); ``x`` as of :meth:`BlockMatrix.vector`."""
         lanes = b.shape[1]
-        kernels, n, (d, r) = block_kernels(lanes, SINGLE), self.matrix.rows, self._arrays(lanes)
+        kernels, n, (d, r, e) = block_kernels(lanes, SINGLE), self.matrix.rows, self._arrays(lanes)
         first = self._coefficients[0][1]
         if self._patches is None:
             kernels.start(n, self._diagonal.ctypes.data, first, b.ctypes.data, x.ctypes.data, d.ctypes.data)
@@ -165,21 +173,30 @@ class Smoother:
             r[:n] = b[:n]
             self._patches.product(r, d, first)
             x[:n] = d
-        self._continue(b, x, d, r, 1)
+        self._continue(b, x, d, r, e, 1)
 
     def improve(self, b: np.ndarray, x: np.ndarray) -> None:
         """``x`` from a first guess (collective)."""
         self._continue(b, x, *self._arrays(b.shape[1]), 0)
 
-    def _continue(self, b: np.ndarray, x: np.ndarray, d: np.ndarray, r: np.ndarray, first: int) -> None:
-        kernels, n = block_kernels(b.shape[1], SINGLE), self.matrix.rows
-        for keep, factor in self._coefficients[first:]:
+    def _continue(self, b: np.ndarray, x: np.ndarray, d: np.ndarray, r: np.ndarray, e: np.ndarray, first: int) -> None:
+        """Add the increments from number ``first`` on; ``x`` has those before, without weights."""
+        kernels, n, weights = block_kernels(b.shape[1], SINGLE), self.matrix.rows, OPTIMAL[self.degree]
+        ones = np.ones(b.shape[1], SINGLE)
+        if first:
+            np.multiply(d, SINGLE.type(weights[0] - 1), out=e)
+        for number in range(first, self.degree):
+            keep, factor = self._coefficients[number]
             if self._patches is None:
                 self.matrix.smooth(self._diagonal, keep, factor, b, x, d)
             else:
                 self.matrix.residual(b, x, r)
                 self._patches.product(r, d, factor, keep)
             kernels.add(n, d.ctypes.data, x.ctypes.data)
+            more = (weights[number] - 1) * ones
+            kept = ones if number else 0 * ones
+            kernels.combine(n, more.ctypes.data, d.ctypes.data, kept.ctypes.data, e.ctypes.data)
+        kernels.add(n, e.ctypes.data, x.ctypes.data)
 
 
 class Level:

@@ -327,6 +327,9 @@ class Substructuring:
         out[:, p.own_interface] = values[:, start : start + len(p.own_interface)]
         return out
 
+    def solve_within(self, tolerance: float | None) -> None:
+        """Direct solves have no tolerance."""
+
     @property
     def description(self) -> str:
         """The method with the sizes of this rank's factor and of the interface."""
