@@ -124,24 +124,28 @@ def module_path(name):
 
 
 @cache
+def words_and_imports(path):
+    """Strings of a file that are options with two dashes, and the files of programs and problems that it imports."""
+    words, modules = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"--[\w-]+", node.value):
+            words.add(node.value)
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    own = (m for m in modules if m.startswith(("demos", "problems", "tests", "pint_fem.cli", "pint_fem.progress")))
+    return words, {found for m in own if (found := module_path(m)) is not None}
+
+
+@cache
 def options_of(path):
-    """Options with two dashes that a program or a module of this repository which it imports gives to a parser."""
-    seen, found, todo = set(), set(), [path]
+    """Options with two dashes that a program, or what it imports, gives to a parser."""
+    seen, todo = set(), {path}
     while todo:
-        one = todo.pop()
-        if one in seen:
-            continue
-        seen.add(one)
-        for node in ast.walk(ast.parse(one.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"--[\w-]+", node.value):
-                found.add(node.value)
-            modules = []
-            if isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            todo += [p for m in modules if m.split(".")[0] != "firedrake" and (p := module_path(m)) is not None]
-    return found | {"--help"}
+        seen |= todo
+        todo = {other for one in todo for other in words_and_imports(one)[1]} - seen
+    return {"--help"}.union(*(words_and_imports(one)[0] for one in seen))
 
 
 @cache
