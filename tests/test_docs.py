@@ -252,13 +252,24 @@ def check_words(words):
         require_options(rest, set(re.findall(r"--[\w-]+", help_of(name))) | {"--help"})
 
 
+def first_command(line):
+    """Words of a line of a shell before a comment, and before what joins it to another command or a file."""
+    parser = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
+    parser.whitespace_split = True
+    words = []
+    for word in parser:
+        if set(word) <= set(";&|<>"):
+            break
+        words.append(word)
+    return words
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if any(command_lines(p))], ids=name_of)
 def test_command_lines_of_a_page(page):
     wrong = []
     for start, line in command_lines(page):
-        line = re.split(r"\s+#|\s{2,}\(|\s*(?:&&|\||;|>)\s*", line)[0]
         try:
-            check_words(shlex.split(line))
+            check_words(first_command(line))
         except (AssertionError, ValueError, SyntaxError) as error:
             wrong.append(f"{name_of(page)}, block at line {start}: {line}: {str(error).splitlines()[0]}")
     assert not wrong, "\n".join(wrong)
