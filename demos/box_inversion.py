@@ -79,7 +79,8 @@ def add_box(parser: ProgramParser, *, out: str, most: int, columns: Sequence[str
         help="auto (the fastest by measured times of a step), mgrit, paradiag, serial (sequential stepping); default: "
         "serial with --method map, else auto")  # fmt: skip
     add("--storage", choices=["all", "C"],
-        help=f"states that MGRIT stores: all, or C-points only (C with --refine {most}, else all)")  # fmt: skip
+        help=f"states that are stored: all, or C-points only, between which steps are taken again (C with --refine "
+        f"{most}, else all)")  # fmt: skip
     add("--out", type=Path, default=Path(out), help=f"folder of the results ({out})")
     add("--no-fields", action="store_true", help="write no ParaView files")
     add("--compare-serial", nargs="?", type=positive(int), const=0, metavar="STEPS",
@@ -94,7 +95,7 @@ def settle_box(opts, *, most: int) -> None:
         opts.method = "trust-region"  # rows of the map are as large as states, one for each reading
     settle_method(opts, gtol=1e-4 if opts.refine == most else 1e-6, max_iterations=100)
     if opts.storage is None:
-        opts.storage = "C" if opts.refine == most and opts.time_solver in ("auto", "mgrit") else "all"
+        opts.storage = "C" if opts.refine == most and opts.time_solver != "paradiag" else "all"
     if opts.compare_serial == 0:
         opts.compare_serial = FEW_STEPS.get(opts.refine, opts.steps)
     if opts.compare_serial is not None:
@@ -132,6 +133,8 @@ def invert_box(
 
     spacetime, outputs = SpaceTime(opts.grid), Outputs()
     output_folder(opts.out)
+    if opts.time_solver == "auto" and opts.storage == "C" and spacetime.time_size == 1:
+        opts.time_solver = "serial"  # cycles pay on several ranks in time
     solver: dict[str, Any] = {"time_solver": opts.time_solver, "mgrit": {"rtol": opts.rtol}}
     if opts.time_solver == "paradiag":
         solver["paradiag"] = {"rtol": opts.rtol}

@@ -92,6 +92,29 @@ def test_on_a_grid():
     compare(pf.SpaceTime("2x2"), 1e-11)
 
 
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize(
+    ("kinds", "problem"),
+    [("running+sensors", {}), ("terminal", dict(per_step=True)), ("running+sensors", dict(linear=False))],
+)
+def test_sequential_steps_store_c_points(kinds, problem):
+    """Without cycles: the numbers of sequential stepping with all states, which it does not keep."""
+    runs = [
+        functional(pf.SpaceTime(), storage, kinds, parameters={"time_solver": "serial"}, **problem)
+        for storage in ("all", "C")
+    ]
+    a, b = map(numbers, runs)
+    np.testing.assert_allclose(b, a, rtol=1e-11 if "linear" in problem else 1e-12, atol=0)
+    solvers = runs[1].problem.sweeps.solvers
+    assert solvers.is_sequential
+    assert solvers.kind == "serial"
+    assert solvers.propagators[0] is solvers.propagators[1]
+    assert len(runs[1].problem.U) == runs[1].problem.sweeps.slab.k // M + 1
+    assert runs[1].problem.sweeps.counts["cycles"] == 0
+    with pytest.raises(InputError, match="storage 'C'"):
+        functional(pf.SpaceTime(), "C", parameters={"time_solver": "serial"}, steps=STEPS + 1)
+
+
 @pytest.mark.parallel(3)
 @pytest.mark.parametrize("linear", [True, False])
 def test_bits_do_not_depend_on_time_ranks(linear):
@@ -235,7 +258,6 @@ def test_refused():
     for problem, message in (
         (dict(steps=18), "18 steps and coarsening 4.*give 16 or 20"),
         (dict(parameters={"krylov": {"ksp_type": "fgmres"}}), "storage"),
-        (dict(parameters={"time_solver": "serial"}), "one level"),
     ):
         with pytest.raises(InputError, match=message):
             functional(st, "C", **problem)

@@ -203,7 +203,7 @@ class AllAtOnceSolver(ABC):
         with ending_all_ranks(self.everyone), quiet(U):
             if self._iterates:
                 return self._iterate_or_step(U, start, coarse_rhs)
-            fine.solve_sequentially()
+            self._step_through()
             self._failures.raise_at_points(U)
             return SolveResult(True, "exact", [0.0], 0)
 
@@ -235,7 +235,7 @@ class AllAtOnceSolver(ABC):
 
     def _step_through(self) -> None:
         """Step sequentially, whatever the present iterate."""
-        self.levels[0].solve_sequentially(fresh=True)
+        self.levels[0].solve_sequentially(fresh=self._iterates)
 
     def prepare(
         self, shape: tuple[int, ...], dtype: DTypeLike = float, *, batch: bool = False, like: Array | None = None

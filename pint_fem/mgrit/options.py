@@ -39,7 +39,8 @@ class MGRITOptions(SolverOptions):
         Factor from each level to the next, or the C-points by their numbers on the level (from 0 on); the last one
         repeats.
     cycle
-        ``"V"`` or ``"F"``.
+        ``"V"``, ``"F"``, or ``"none"``: sequential steps, exactly; with ``storage="C"`` the coarsening says which
+        states are stored.
     f_cycles
         With ``cycle="F"``: only that many cycles are F-cycles, then V; ``None``: all (XBraid's FMG with ``nfmg = -1``).
     start
@@ -104,7 +105,7 @@ class MGRITOptions(SolverOptions):
 
     solver: ClassVar[str] = "mgrit"
     choices: ClassVar[dict[str, Sequence]] = SolverOptions.choices | {
-        "cycle": ("V", "F"),
+        "cycle": ("V", "F", "none"),
         "start": STARTS,
         "coarse_solver": ("sequential", "gathered", "relax", "paradiag"),
         "precision": ("auto", "single", "double"),

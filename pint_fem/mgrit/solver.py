@@ -31,8 +31,10 @@ from pint_fem.all_at_once.stopping import SolveResult
 from pint_fem.all_at_once.trace import timed
 from pint_fem.collective import collectively
 from pint_fem.errors import InputError
+from pint_fem.mgrit.c_point_relaxation import CPointRelaxation
 from pint_fem.mgrit.cycle import Cycle, exact_termination
 from pint_fem.mgrit.options import MGRITOptions
+from pint_fem.mgrit.relaxation import Relaxation
 from pint_fem.mgrit.transfer import Transfer
 
 __all__ = ["MGRIT"]
@@ -114,12 +116,14 @@ class MGRIT(AllAtOnceSolver):
         levels = build_levels(propagators, factors, bounds, comm)
         terminates = count > 1 and not relaxed and not any(self.transfers)
         super().__init__(
-            levels, options, comm=comm, name=name, key=(count, bool(linear), bool(transposed)), iterates=count > 1,
+            levels, options, comm=comm, name=name, key=(count, bool(linear), bool(transposed)),
+            iterates=count > 1 and options.cycle != "none",
             exact_after=exact_termination(levels[1].nsteps, options.sweeps(0), options.weight(0))
             if terminates else math.inf, keeps_all=not compact, **given,
         )  # fmt: skip
         self.linear, self.transposed = linear, transposed
         self._cycle: Cycle | None = None
+        self._intervals: CPointRelaxation | None = None
         fine = self.levels[0]
         fine.checks_blocks |= compact  # F-points are not stored, so that nothing else would show it
         if compact:
@@ -133,8 +137,20 @@ class MGRIT(AllAtOnceSolver):
         condensable = self.options.storage == "C" and int(fine.c_points[-1]) == fine.nsteps
         return (fine.k, self.local_rows - 1) if condensable else (fine.k,)
 
+    @property
+    def _relaxation(self) -> Relaxation:
+        """That of the finest level, which steps through the intervals where C-points only are stored."""
+        if self._cycle is not None:
+            return self._cycle.relaxations[0]
+        if self._intervals is None:
+            self._intervals = CPointRelaxation(self.levels[0])
+        return self._intervals
+
     def _step_through(self) -> None:
-        self._cycle.relaxations[0].solve_sequentially()
+        if self.options.storage == "C" or self._iterates:
+            self._relaxation.solve_sequentially()
+        else:
+            self.levels[0].solve_sequentially()
 
     def prepare(
         self, shape: tuple[int, ...], dtype: DTypeLike = float, *, batch: bool = False, like: Array | None = None
@@ -265,7 +281,7 @@ class MGRIT(AllAtOnceSolver):
             yield fine.lo + 1, U[1:]
         else:
             self.prepare(U.shape[1:], like=U)
-            yield from self._cycle.relaxations[0].states(U, G)  # type: ignore[attr-defined]
+            yield from self._relaxation.states(U, G)  # type: ignore[attr-defined]
 
     def view(self, state_nbytes: int | None = None, *, kind: str = "MGRIT", tolerance: str = "") -> str:
         """Describe the hierarchy in a few lines, with the memory of this rank where the bytes of a state are given.
@@ -279,9 +295,11 @@ class MGRIT(AllAtOnceSolver):
                 tolerance = f"{o.max_it} cycles"
         first = {"auto": "", "guess": "", "skip": ", first down-cycle skipped", "nested": ", nested iteration"}[o.start]
         ranks = f"{self.comm.size} time rank" + "s" * (self.comm.size > 1)
-        how = f"{o.cycle}-cycles{first}, {tolerance}" if len(self.levels) > 1 else "no cycles"
+        how = f"{o.cycle}-cycles{first}, {tolerance}" if self._iterates else "no cycles"
         lines = [f"{kind} '{self.name}': {self.nsteps} steps on {ranks}, {how}"]
-        for level in self.levels:
+        if o.cycle == "none" and len(self.levels) > 1:
+            lines.append(f"  level 0: {self.nsteps} steps, sequential, m = {self.levels[0].m}")
+        for level in self.levels if self._iterates or len(self.levels) == 1 else ():
             kind = {"sequential": "sequential", "gathered": "gathered on one rank"}.get(o.coarse_solver, "")
             if level.index < len(self.levels) - 1:
                 m = f"m = {level.m}" if level.m else f"{len(level.c_points)} C-points"
@@ -308,6 +326,7 @@ class MGRIT(AllAtOnceSolver):
         coarse = sum(
             (4 * level.k + 2 + more) * size
             for level, more, size in zip(self.levels[1:], extra[1:], sizes[1:], strict=True)
+            if self._iterates
         )
         if o.coarse_solver == "gathered" and self.comm.rank == 0 and len(self.levels) > 1:
             coarse += (2 * self.levels[-1].nsteps + 1) * sizes[-1]

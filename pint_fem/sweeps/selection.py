@@ -200,7 +200,9 @@ def read_time_solver(
         except ValueError as error:
             raise InputError(str(error)) from None
     if kind == "serial":
-        mgrit = MGRITOptions.make(mgrit, levels=1, of_levels=())
+        # two levels have C-points, without cycles the coarse one is not stepped
+        stored = dict(levels=2, cycle="none") if mgrit.storage == "C" else dict(levels=1)
+        mgrit = MGRITOptions.make(mgrit, **stored, of_levels=())
     return TimeSolverChoice(kind, mgrit, paradiag, systems, why, propagator, meshes)
 
 

@@ -130,7 +130,8 @@ class TimeSolvers(SolverReports):
         self._coarse_steps = options.coarse_steps
         self._mgrit = options = MGRITOptions.make(options, levels=len(factors) + 1, coarse_steps=1)
         schemes = [options.scheme(level) for level in range(len(factors))]
-        self.space = SpatialLevels(evolution, schemes, spatial_coarsening, coarse_evolutions)
+        coarsening = None if options.cycle == "none" else spatial_coarsening
+        self.space = SpatialLevels(evolution, schemes, coarsening, coarse_evolutions)
         traced = self._paradiag[0].trace if self._is_paradiag else options.trace
         traced = traced if spacetime.prints else None  # one file, of the first group of experiments
         if traced:
@@ -180,6 +181,9 @@ class TimeSolvers(SolverReports):
         if self._coarse_steps > 1:
             coarse = [Repeated(tableau, self._coarse_steps) for tableau in coarse]
         tableaux = [self.evolution.tableau, *coarse]
+        if self._mgrit.cycle == "none":  # coarse levels are not stepped
+            fine = self._propagator(evolutions[0], stride=1, tableau=tableaux[0])
+            return [fine] * len(tableaux)
         levels = zip(evolutions, strides, tableaux, strict=True)
         return [self._propagator(ev, stride=stride, tableau=tableau) for ev, stride, tableau in levels]
 
@@ -360,7 +364,7 @@ class TimeSolvers(SolverReports):
     @property
     def is_sequential(self) -> bool:
         """Whether sweeps take one step after another, so that they do not depend on a first guess."""
-        return len(self.propagators) == 1 and not self._is_paradiag
+        return (len(self.propagators) == 1 or self._mgrit.cycle == "none") and not self._is_paradiag
 
     @property
     def kind(self) -> str:
