@@ -23,7 +23,6 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 from scipy.sparse import csr_matrix, random
 
-import pint_fem as pf
 import pint_fem.kernels.direct
 import pint_fem.kernels.space.choice as choice
 from pint_fem.kernels.factor import Factor
@@ -35,6 +34,7 @@ from pint_fem.kernels.space.conjugate_gradients import ConjugateGradients
 from pint_fem.kernels.space.hierarchies import algebraic_cycle, geometric_cycle
 from pint_fem.kernels.space.matrices import BlockMatrix
 from pint_fem.kernels.space.substructuring import Partition, Substructuring
+from tests.benchmarks.space_iterations import CASES, counts
 
 OPERATORS = {"CG": grad, "N1curl": curl, "RT": div}
 
@@ -202,26 +202,15 @@ def test_multigrid_converges(dim, family, degree, coarse):
         assert np.array_equal(method.solve(B[1:2])[0], X[1])
 
 
-@pytest.mark.parametrize(
-    ("family", "degree", "coarse"), [("CG", 1, 8), ("CG", 2, 4), ("N1curl", 1, 4), ("N1curl", 2, 2)]
-)
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] == 2], ids=str)
 @pytest.mark.parametrize("steps", [1, 10, 100])
-def test_iterations_do_not_grow(family, degree, coarse, steps):
-    """Over three refinements (four meshes) by at most 20 % for steps from the explicit limit, about ``dx^2 / 8`` for
-    heat and ``(dx / 4)^2`` in the matrix of Maxwell's equations, to 100 times that, be it the limit of each mesh or,
-    for all of them, that of the finest, with at most two iterations more.
+def test_iterations_do_not_grow(case, steps):
+    """Over three refinements (four meshes) by at most 20 % for steps from the explicit limit of each mesh to 100 times
+    that; by at most two where the step is that of the finest mesh, which is small for the others.
     """
-    hierarchy = MeshHierarchy(mesh_of(2, coarse), 4)
-    counts = {}
-    for level, mesh in enumerate(list(hierarchy)[1:]):
-        for kind, width in (("own", 1 / (coarse * 2 ** (level + 1) * degree)), ("finest", 1 / (coarse * 16 * degree))):
-            h = steps * width**2 / 8 if family == "CG" else (steps * width / 4) ** 2
-            A, geometry = matrix_of(mesh, family, degree, h)
-            method = ConjugateGradients(BlockMatrix.of_petsc(A), MPI.COMM_WORLD, geometric_cycle(A, geometry))
-            method.solve(sources(A, 1))
-            counts.setdefault(kind, []).append(method.iterations)
-    assert counts["own"][-1] <= 1.2 * counts["own"][0], counts
-    assert max(counts["finest"]) <= counts["finest"][0] + 2, counts
+    found = counts(*case, steps, 4)
+    assert found["own"][-1] <= 1.2 * found["own"][0], found
+    assert max(found["finest"]) <= found["finest"][0] + 2, found
 
 
 @pytest.mark.parametrize(("family", "degree", "most"), [("CG", 1, 1.2), ("CG", 2, 1.2), ("N1curl", 1, 1.4)])
@@ -229,16 +218,8 @@ def test_iterations_in_three_dimensions(family, degree, most):
     """On hierarchies along shortest diagonals, for the largest of these steps: by at most 20 % for heat; edge elements
     begin with some hundred unknowns, of which the coarsest level solves nearly all.
     """
-    refinements = 3 if (family, degree) == ("CG", 1) else 2
-    hierarchy = pf.SpaceTime(comm=MPI.COMM_SELF).mesh_hierarchy(refinements, UnitCubeMesh, 2, 2, 2)
-    counts = []
-    for level, mesh in enumerate(list(hierarchy)[1:]):
-        width = 1 / (2 ** (level + 2) * degree)
-        A, geometry = matrix_of(mesh, family, degree, 100 * width**2 / 8 if family == "CG" else (25 * width) ** 2)
-        method = ConjugateGradients(BlockMatrix.of_petsc(A), MPI.COMM_SELF, geometric_cycle(A, geometry))
-        method.solve(sources(A, 1))
-        counts.append(method.iterations)
-    assert counts[-1] <= most * counts[0], counts
+    found = counts(3, family, degree, 2, 100, 3 if (family, degree) == ("CG", 1) else 2)
+    assert found["own"][-1] <= most * found["own"][0], found
 
 
 @pytest.mark.parallel([1, 2])
