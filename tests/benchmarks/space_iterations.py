@@ -73,10 +73,10 @@ def counts(dim, family, degree, coarse, steps, refinements):
 
 
 def system(mesh, family, degree, h):
-    """``M + h K`` with zero on the boundary, and what multigrid reads of its space."""
+    """``M + h K`` with zero on a wall (heat) or on all (Maxwell), and what multigrid reads of its space."""
     V = FunctionSpace(mesh, family, degree)
     u, v, D = TrialFunction(V), TestFunction(V), grad if family == "CG" else curl
-    bcs = [DirichletBC(V, 0, "on_boundary")]
+    bcs = [DirichletBC(V, 0, 1 if family == "CG" else "on_boundary")]
     form = inner(u, v) * dx + Constant(h) * inner(D(u), D(v)) * dx
     return assemble(form, bcs=bcs, mat_type="aij").petscmat, Geometry(V, bcs)
 
