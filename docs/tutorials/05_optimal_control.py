@@ -247,10 +247,9 @@ assert bounded.x.max() <= HIGH
 
 # %%
 # The same minimum from two methods that have little in common is a good check of both. Here the active sets are found
-# with fewer products with the Hessian. Where *more* values are at their bounds, the KKT system of all values says less
-# about those that are left: with a weight of :math:`10^{-4}` (try it) both methods take some 90 products, and the
-# active-set method solves KKT systems besides. ``J.minimize("auto", bounds=...)`` takes the projected trust region
-# therefore, and prints so.
+# with fewer products with the Hessian. Where *more* values are at their bounds, as with a weight of :math:`10^{-4}`, the
+# KKT system of all values describes those that are left less well, and the active-set method loses its advantage.
+# ``J.minimize("auto", bounds=...)`` takes the projected trust region therefore, and prints so.
 #
 # The size of the gradient alone does not show that a bounded control is optimal. The conditions are: where the control
 # is inside its bounds the gradient is zero; at the lower bound the gradient is not negative (less power would be

@@ -205,9 +205,8 @@ assert accuracy > 0.9
 # %%
 # **What could go wrong.** A network that was trained with inexact sweeps is evaluated exactly. If the loss of the
 # training falls and the accuracy of the evaluation does not, the sweeps of the training were too inexact for the
-# parameters that they led to: here with points three times as large the loss fell to 0.007 in 50 steps with 2 + 2
-# cycles, and the exact accuracy was 77%. Compare with ``evaluation="same"``, measure the error of the gradient again as
-# in section 3, and take more cycles, a smaller M or a smaller ``h``.
+# parameters that they led to, as happens with larger points or a larger ``h``. Compare with ``evaluation="same"``,
+# measure the error of the gradient again as in section 3, and take more cycles, a smaller M or a smaller ``h``.
 #
 # The losses of the two trainings, with gradients of one cycle each way and exact ones, and the regions that the network
 # has learned in this short training. The background is a contour of its output over the plane.
