@@ -17,6 +17,7 @@ from firedrake import (
     inner,
     split,
 )
+from firedrake.petsc import PETSc
 from irksome import Dt
 from mpi4py import MPI
 
@@ -190,6 +191,16 @@ def test_a_flux_that_is_regularised_on_the_boundary_only(method, weight):
 def test_what_a_method_does_not_have_is_refused(method, given, message):
     with pytest.raises(pf.InputError, match=message):
         heat(pf.SpaceTime(), n=3).minimize(method, **given)
+
+
+def test_options_that_the_method_does_not_read_are_refused():
+    options = PETSc.Options()
+    options["kkt_ksp_rtol"] = 1e-3
+    try:
+        with pytest.raises(pf.InputError, match=r"-kkt_ksp_rtol: .*solve_kkt reads it"):
+            heat(pf.SpaceTime()).minimize("kkt")
+    finally:
+        options.delValue("kkt_ksp_rtol")
 
 
 def test_a_negative_weight_is_refused():

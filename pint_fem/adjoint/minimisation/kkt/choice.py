@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+from firedrake.petsc import PETSc
 
 from pint_fem.adjoint.minimisation.kkt.preconditioner import KKTPreconditioner, by_active_sets, require_kkt_problem
 from pint_fem.adjoint.problem import ReducedProblem
@@ -46,6 +47,12 @@ def kkt_systems(functional: ControlFunctional, options: Mapping) -> KKTPrecondit
     for name in ("constraints", "inexact", "preconditioner"):
         if options.get(name) is not None:
             raise InputError(f"method 'kkt' does not go with {name}=: use 'trust-region'")
+    prefix = f"{functional.evolution.options_prefix}kkt_"
+    krylov = [name for name in PETSc.Options().getAll() if name.startswith((f"{prefix}ksp_", f"{prefix}pc_"))]
+    if krylov:
+        raise InputError(
+            f"-{krylov[0]}: pint_fem.kkt.petsc.solve_kkt reads it, but not the method 'kkt'; give gtol_rel= or gtol="
+        )
     inner = functional.inner
     if by_active_sets(functional, options) and inner.weights is None:  # they take a diagonal inner product
         inner = ControlInner(functional.layout, "lumped")
