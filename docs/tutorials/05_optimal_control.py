@@ -247,8 +247,8 @@ assert bounded.x.max() <= HIGH
 
 # %%
 # The same minimum from two methods that have little in common is a good check of both. Here the active sets are found
-# with fewer products with the Hessian. Where *more* values are at their bounds, as with a weight of :math:`10^{-4}`, the
-# KKT system of all values describes those that are left less well, and the active-set method loses its advantage.
+# with fewer products with the Hessian. Where *more* values are at their bounds, as with a weight of :math:`10^{-4}`,
+# the KKT system of all values describes those that are left less well, and the active-set method loses its advantage.
 # ``J.minimize("auto", bounds=...)`` takes the projected trust region therefore, and prints so.
 #
 # The size of the gradient alone does not show that a bounded control is optimal. The conditions are: where the control
