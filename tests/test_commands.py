@@ -1,7 +1,6 @@
 """``pint-fem`` as a user starts it, in a folder that is no checkout: what it prints, and its exit status."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from mpi4py import MPI
 from pint_fem.cli import run
 from pint_fem.commands import command, demo_arguments
 from pint_fem.errors import InputError
+from tests.ranks import program_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 COMM = MPI.COMM_WORLD
@@ -52,7 +52,7 @@ def wrong():
 
 def start(folder, *arguments, code="import pint_fem.commands as c; c.main()"):
     """Exit status, stdout and stderr of a program of its own."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_COMM", "OMPI_UNIVERSE", "PMIX", "ORTE"))}
+    env = program_environment()
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=folder, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240, check=False,

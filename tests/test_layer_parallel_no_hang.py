@@ -1,6 +1,5 @@
 """Loops with faults on single ranks end: every rank is told by name, or the run is, and what follows is right."""
 
-import os
 import random
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from torch import nn
 from pint_fem.errors import InputError
 from tests.layer_parallel_networks import COMM, make, require_same_state
 from tests.limits import time_limit
-from tests.ranks import cases
+from tests.ranks import cases, program_environment
 from tests.test_resnet import one_thread  # noqa: F401
 
 RANKS = pytest.mark.parallel([1, 2, 3])
@@ -197,7 +196,7 @@ print("done", flush=True)
 
 def start(*arguments):
     """The program on two ranks."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_COMM", "OMPI_UNIVERSE", "PMIX", "ORTE"))}
+    env = program_environment()
     command = ["mpiexec", "-n", "2", sys.executable, "-c", PROGRAM, *arguments]
     root = Path(__file__).resolve().parent.parent
     return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=100, check=False)

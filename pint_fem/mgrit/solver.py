@@ -150,7 +150,7 @@ class MGRIT(AllAtOnceSolver):
         if self.options.storage == "C" or self._iterates:
             self._relaxation.solve_sequentially()
         else:
-            self.levels[0].solve_sequentially()
+            super()._step_through()
 
     def prepare(
         self, shape: tuple[int, ...], dtype: DTypeLike = float, *, batch: bool = False, like: Array | None = None
